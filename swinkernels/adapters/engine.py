@@ -30,7 +30,7 @@ from swinkernels.adapters.forms import described, published, weather
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.report import NotRecomputed, Replaced, Report, Skipped, outermost
 from swinkernels.adapters.verify import verify as verify_module
-from swinkernels.ops._backends import check_backend
+from swinkernels.ops._backends import check_backend, why_no_kernels
 
 
 def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = False, verify: bool = False) -> Report:
@@ -114,6 +114,9 @@ def _note_not_recomputed(report: Report, replaced: dict[str, tuple[Adapter, nn.M
     for entry in outermost([entry for entry in report.replaced if replaced[entry.path][0].parts]):
         adapter, module = replaced[entry.path]
         reason = adapter.why_not_recompute(module)
+        if reason is None and module._swinkernels_backend == "auto":
+            no_kernels = why_no_kernels(adapter.weight(module).device)
+            reason = None if no_kernels is None else f"{adapter.name}'s own code runs; {no_kernels}"
         if reason is not None:
             report.not_recomputed.append(NotRecomputed(entry.path, entry.module_class, entry.adapter, reason))
 

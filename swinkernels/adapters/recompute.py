@@ -17,7 +17,7 @@ from swinkernels.adapters.bypass import child, class_of, why_not_absorbed
 from swinkernels.adapters.linear_layers import Mlp, why_not_left_out, why_not_readable
 from swinkernels.adapters.norms import Residual, in_another_dtype, norm_dtype
 from swinkernels.ops._backends import backend_beside
-from swinkernels.ops._library import is_plain, linear_dtype
+from swinkernels.ops._library import is_untraced, linear_dtype
 from swinkernels.ops.attention_half import attention_half
 from swinkernels.ops.mlp_half import mlp_half
 
@@ -70,7 +70,7 @@ class Recompute:
             attention: in v1, returns the attention branch of x before the drop path, or None if attention_half cannot
                 compute it for this x.
         """
-        if not (block._swinkernels_recomputes and torch.is_grad_enabled() and is_plain((x,))):
+        if not (block._swinkernels_recomputes and torch.is_grad_enabled() and is_untraced((x,))):
             return None
         if self.why_not(block) is not None:
             return None

@@ -68,12 +68,28 @@ def constant_when_compiled(function: Function) -> Function:
     return function
 
 
-def is_plain(tensors: Sequence[Any]) -> bool:
-    """Return True if eager PyTorch alone handles a call on these tensors (some may be None).
+def is_untraced(tensors: Sequence[Any]) -> bool:
+    """Return True if autograd in eager PyTorch records a call on these tensors (some may be None).
 
-    The result is False under a compiler or exporter, a functorch or forward-mode transform or a mode that intercepts
-    ops, and for tensor subclasses and any other kind of argument.
+    The result is False under a compiler or exporter, a functorch or forward-mode transform or fake tensors, and for
+    tensor subclasses and any other kind of argument. Modes of torch.utils._python_dispatch that run the ops, such as
+    the FLOP counter's, are allowed. The choice of the tensors to save must not depend on such a mode: checkpointing
+    fails if the forward pass and its repetition, one of them in the mode, save different tensors.
     """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and _PLAIN.issuperset(map(type, tensors))
+        and (
+            torch._C._len_torch_dispatch_stack() == 0
+            or all(torch._C._get_dispatch_mode(kind) is None for kind in _TRACES)
+        )
+    )
+
+
+def is_plain(tensors: Sequence[Any]) -> bool:
+    """Return True if eager PyTorch alone handles a call: :func:`is_untraced`, and no mode intercepts ops."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -83,6 +99,7 @@ def is_plain(tensors: Sequence[Any]) -> bool:
     )
 
 
+_TRACES = tuple(getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL"))
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinkernels.ops._fused_linear import linear
-from swinkernels.ops._library import any_requires_grad, is_plain
+from swinkernels.ops._library import any_requires_grad, is_untraced
 from swinkernels.ops.layer_norm import norm_and_statistics, norm_gradients, run_norm
 from swinkernels.ops.residual_layer_norm import residual_norm_gradients, run_residual
 
@@ -85,7 +85,7 @@ def _gelu_linear(x, weight, bias, approximate):
 def _run(
     function: Any, plain: Callable, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...], recompute: bool = True
 ) -> Any:
-    if recompute and is_plain(tensors) and any_requires_grad(tensors):
+    if recompute and is_untraced(tensors) and any_requires_grad(tensors):
         return function.apply(*tensors, others)
     return plain(*tensors, *others)
 
@@ -112,9 +112,12 @@ def _differentiable_backward(
     function: Callable, tensors: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
 ) -> list[Tensor | None]:
     """Return the gradients with an autograd graph, so that they can be differentiated again."""
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
     with torch.enable_grad(), _without_autocast(dy):
-        found = iter(torch.autograd.grad(function(*tensors), wanted, dy, create_graph=True))
+        # Aliases, because autograd.grad would add up the gradients of a tensor that is passed twice, and follow one
+        # tensor's history to another, for example from s to the norm's weight if an earlier block shares the norm.
+        aliases = [None if t is None else t.view_as(t) for t in tensors]
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(function(*aliases), wanted, dy, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from swinkernels.ops._arguments import frame_size
-from swinkernels.ops._library import Found, is_plain, linear
+from swinkernels.ops._library import Found, is_plain, is_untraced, linear
 
 # torch's kernels put batch and heads on an axis of the GPU's grid that has at most this many blocks.
 _MOST_HEADS = 65535
@@ -108,7 +109,7 @@ class _Frame:
     @property
     def gathers(self) -> bool:
         """Return True if one gather replaces a roll and a cut, which would copy the map twice."""
-        return bool(self.axes) and not self.rolls_first and is_plain(())
+        return bool(self.axes) and not self.rolls_first and is_untraced(())
 
     def windows(self, x: Tensor, pad: Tensor | None = None, heads_first: bool = False) -> Tensor:
         """Cut (B, *S, ...) into (B, num_windows, N, ...); pad tokens are ``pad`` or zero.
@@ -336,7 +337,8 @@ def _attend(
     if q.device.type == "cpu":
         # There the fused call has no forward derivative, and its backward pass is slower than separate operations.
         needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
-        fused = fused and not needs_gradient and (torch.compiler.is_compiling() or is_plain(()))
+        is_compiled = torch.compiler.is_compiling() and forward_ad._current_level < 0
+        fused = fused and not needs_gradient and (is_compiled or is_plain(()))
     else:
         fused = fused and batch * windows * heads <= _MOST_HEADS
     if fused and not isinstance(factor, Tensor):

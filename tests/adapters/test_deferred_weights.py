@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -97,6 +99,37 @@ def test_weights_in_other_modes(mode, stages, x):
             got = fast(x)
     for found, exact in zip(got, expected, strict=True):
         torch.testing.assert_close(found + 0, exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["compile", "export", "grad"])
+def test_weights_first_read_in_another_mode(mode, stages, x):
+    """The weights come from an eager call; the mode must not leave its own tensors in them."""
+    plain, fast = stages
+    expected = plain(x)[1].detach()
+    with torch.set_grad_enabled(mode == "grad"):
+        weights = fast(x)[1]
+    if mode == "compile":
+        torch.compiler.reset()
+        got = torch.compile(lambda w: 2 * w, backend="aot_eager")(weights)
+    elif mode == "export":
+        got = 2 * torch.export.export(nn.Identity(), (weights,)).module()(weights)
+    else:
+        got = torch.func.grad(lambda t: (t * t * weights.detach()).sum())(torch.ones_like(expected))
+    torch.testing.assert_close(got, 2 * expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(weights.detach() + 0, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_several_threads_read_the_weights(stages, x):
+    def read(weights: Any, start: Any) -> Tensor:
+        start.wait()
+        return weights + 0
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            with torch.no_grad():
+                weights, start = stages[1](x)[1], threading.Barrier(4)
+            found = list(pool.map(read, [weights] * 4, [start] * 4))
+            assert all(torch.equal(got, found[0]) for got in found)
 
 
 def test_weights_under_autocast_have_the_dtype_of_the_own_code(stages, x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import swinkernels
-from swinkernels.adapters import recompute
+from swinkernels.adapters import engine, recompute
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.saved_bytes import kept_bytes
 from tests.support.small_models import Outputs, Swin, timm_swin, torchvision_swin, transformers_swin
@@ -294,6 +296,21 @@ def test_checkpointing(family, use_reentrant, halves):
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("counted", ["forward", "backward"])
+@pytest.mark.parametrize("family", ["timm", "timm v2"])
+def test_checkpointing_where_only_one_pass_is_counted(family, counted):
+    """The forward pass and its repetition in the backward pass save the same tensors, inside the mode and outside."""
+    model, x = make_model(family), make_image(family=family)
+    gradients = []
+    for m in (model, accelerated(model)):
+        with FlopCounterMode(display=False) if counted == "forward" else contextlib.nullcontext():
+            y = Checkpointed(m, use_reentrant=False)(x)
+        with FlopCounterMode(display=False) if counted == "backward" else contextlib.nullcontext():
+            found = torch.autograd.grad(y.sum(), m.parameters())
+        gradients.append({name: g for (name, _), g in zip(m.named_parameters(), found, strict=True)})
+    assert_same(gradients[1], gradients[0])
+
+
 class Checkpointed(nn.Module):
     def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
         super().__init__()
@@ -339,6 +356,15 @@ def test_the_report_names_blocks_without_effect():
     }
     assert "recompute=True has no effect  class" in str(report)
     assert swinkernels.accelerate(model).not_recomputed == []
+
+
+def test_the_report_names_blocks_on_a_device_without_kernels(monkeypatch):
+    monkeypatch.setattr(engine, "why_no_kernels", lambda device: f"no kernel runs on {device.type} tensors")
+    report = swinkernels.accelerate(make_model(), recompute=True)
+    reasons = {entry.reason for entry in report.not_recomputed if entry.module_class == "SwinTransformerBlock"}
+    assert reasons == {"timm's own code runs; no kernel runs on cpu tensors"}
+    report = swinkernels.accelerate(make_model(), recompute=True, backend="torch")
+    assert [entry.module_class for entry in report.not_recomputed] == ["PatchMerging"]
 
 
 def test_the_report_groups_classes_that_never_recompute():

@@ -499,3 +499,39 @@ def test_wrong_weights_of_q_k_and_v(change, error, message):
     given[3] = change(given[3])
     with pytest.raises(error, match=f"^attention_half: .*{message}"):
         swinkernels.attention_half(*given, **options)
+
+
+def _tied_qk(w: Tensor, wv: Tensor) -> tuple[Tensor, ...]:
+    return w, w, wv
+
+
+def _computed_k(w: Tensor, wv: Tensor) -> tuple[Tensor, ...]:
+    return w, 2 * w, wv
+
+
+@pytest.mark.parametrize("weights", [_tied_qk, _computed_k])
+def test_create_graph_with_weights_that_depend_on_each_other(weights):
+    shapes = (2, 4, 4, 8), (8,), (8, 8), (8, 8), (8, 8)
+    leaves = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    x, norm, w, wv, proj = leaves
+    found = []
+    for backend in ("torch", "reference"):
+        y = swinkernels.attention_half(
+            x, norm, 2 * norm, weights(w, wv), None, proj, None, num_heads=2, window_size=2, backend=backend
+        )
+        found.append(torch.autograd.grad(y.square().sum(), leaves, create_graph=True))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_create_graph_where_one_half_is_called_twice():
+    """Then the second call's input depends on the parameters."""
+    tensors, options = case("mlp_half")
+    wanted = [t.requires_grad_() for t in differentiable(tensors, options)]
+    found = []
+    for backend in ("torch", "reference"):
+        y = swinkernels.mlp_half(*tensors, **options, backend=backend)
+        y = swinkernels.mlp_half(y, *tensors[1:], **options, backend=backend)
+        found.append(torch.autograd.grad(y.square().sum(), wanted, create_graph=True))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)

@@ -468,3 +468,18 @@ def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: f
         fits = exact[name].abs() < torch.finfo(value.dtype).max / 2  # rounding moves some of the others out of range
         assert value.cpu()[fits].isfinite().all(), name
         assert not value.isnan().any(), name
+
+
+@needs_cpu
+def test_compiled_forward_mode() -> None:
+    """The fused attention of torch has no forward derivative on a CPU."""
+    x, table = torch.randn(1, 4, 4, 12), torch.randn(9, 2)
+
+    def tangent(x: Tensor) -> Tensor:
+        def call(x: Tensor) -> Tensor:
+            return attend(x, table, num_heads=2, window_size=2, shift_size=1, backend="torch")
+
+        return torch.func.jvp(call, (x,), (x,))[1]
+
+    got = torch.compile(tangent, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, tangent(x))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from swinkernels.ops._library import autocast_dtype
+from swinkernels.ops._library import _TRACES, autocast_dtype
 
 
 def deferred(
@@ -35,9 +39,6 @@ def deferred(
     if torch.is_grad_enabled() and any(t.requires_grad for t in read):
         return _Linked.apply(source, shape, dtype, *read)
     return _Deferred(source, shape, dtype)
-
-
-_TRACES = tuple(getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL"))
 
 
 def _is_traced(tensors: Sequence[Any]) -> bool:
@@ -71,11 +72,12 @@ class _Source:
 class _Deferred(Tensor):
     _source: _Source
     _value: Tensor | None
+    _lock: threading.RLock
 
     @staticmethod
     def __new__(cls, source: _Source, shape: Sequence[int], dtype: torch.dtype) -> _Deferred:
         made: Any = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=source.device)
-        made._source, made._value = source, None
+        made._source, made._value, made._lock = source, None, threading.RLock()
         return made
 
     def __init__(self, *args: Any) -> None:
@@ -125,10 +127,22 @@ class _Attached(torch.autograd.Function):
 
 def _value_of(x: _Deferred) -> Tensor:
     """Return the computed tensor."""
-    if x._value is None:
-        x._value = x._source.value(x._source.read)
-        del x._source
+    with x._lock:  # several threads may read x
+        if x._value is None:
+            # A transform, a compiler or an exporter that is active here must not leave its own tensors in x.
+            is_traced = _is_traced(())
+            with (
+                temporarily_clear_interpreter_stack() if is_traced else contextlib.nullcontext(),
+                _disable_current_modes() if is_traced else contextlib.nullcontext(),
+            ):
+                x._value = x._source.value(x._source.read)
+            del x._source
     with torch._C.DisableTorchFunctionSubclass():
         # A custom autograd function, such as reentrant checkpointing, made x without gradients and returned it.
         is_attached = x._value.requires_grad or not x.requires_grad
         return x._value if is_attached or not torch.is_grad_enabled() else _Attached.apply(x, x._value)
+
+
+# dynamo must not trace this function: it would guard on x._value being None. torch.compiler.disable does the same, but
+# its import takes a second because it loads all of dynamo.
+_value_of._torchdynamo_disable = True  # type: ignore[attr-defined]
