@@ -1,4 +1,5 @@
-// Window attention forward for long windows of the plain kind (long_windows.cuh). Other long windows use fwd_sm80.cuh.
+// Window attention forward for long windows of the plain kind (long_windows.cuh), and for windows of any length with
+// axis_tables (axis_tables.cuh). Other long windows use fwd_sm80.cuh.
 //
 // Maths     As in fwd_sm80.cuh. In bfloat16, scores are not shifted by their maximum: probabilities have float's
 //           exponents, so exp2 of a score in base 2 is accurate enough from 2^-126 to 2^127. If a row's sum is not
@@ -12,6 +13,9 @@
 // Limits    head_dim <= 64.
 #pragma once
 
+#include <type_traits>
+
+#include "axis_tables.cuh"
 #include "fwd_sm80.cuh"
 #include "half_range.cuh"
 #include "long_windows.cuh"
@@ -23,6 +27,7 @@ struct ForwardLongArguments : LongArguments<4> {
   uint32_t splits;  // items of a window; each has row_blocks of the window's blocks of queries
   uint32_t row_blocks;
   uint32_t long_items;  // items of a unit
+  const float* axis_tables;
 };
 
 template <class Traits>
@@ -34,21 +39,30 @@ struct PlainForwardLongSmem {
   alignas(128) T kv[2][2][kBlock * Traits::kHeadDim];
   alignas(16) int32_t out_of_range[kThreads / 32];
 
-  // After this struct: the table, then the tokens.
+  // After this struct: the table, or AxisTables and ScoreColumns, then the tokens.
+  template <class RowBiasKind>
   static int bytes(const LongArguments<4>& args) {
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
-    return static_cast<int>(sizeof(PlainForwardLongSmem)) + 4 * args.table.floats() +
+    return static_cast<int>(sizeof(PlainForwardLongSmem)) + bias_bytes<RowBiasKind>(args, capacity) +
            LongTokens::bytes(LongTokens::terms_of(args.layout), capacity);
+  }
+  template <class RowBiasKind>
+  __host__ __device__ static int bias_bytes(const LongArguments<4>& args, int capacity) {
+    if constexpr (std::is_same_v<RowBiasKind, AxisBias<Traits>>) {
+      return static_cast<int>(sizeof(AxisTables<Traits>)) + ScoreColumns::bytes(capacity);
+    }
+    return 4 * args.table.floats();
   }
 };
 
-template <class Traits, class RowBiasKind>  // RowBias or NoRowBias
+template <class Traits, class RowBiasKind>  // RowBias, NoRowBias or AxisBias
 __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
     window_attention_fwd_plain_long_kernel(const __grid_constant__ ForwardLongArguments args) {
   using T = typename Traits::T;
   using Tile = SmemTile<T, Traits::kHeadDim>;
   using Smem = PlainForwardLongSmem<Traits>;
   constexpr int kBlock = Smem::kBlock, kThreads = Smem::kThreads, kColTiles = Traits::kHeadDimTiles;
+  constexpr bool kHasAxes = std::is_same_v<RowBiasKind, AxisBias<Traits>>;
   constexpr bool kMaximumAlwaysRuns = kHasNarrowRange<T>;
   constexpr float kSlack = 8.0f, kLargestSum = 0x1p64f, kSmallestSum = 0x1p-64f;
   Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
@@ -58,13 +72,22 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
   const int head = share.head;
   const float factor2 = args.scale * kLog2E;
   float* const table = reinterpret_cast<float*>(dynamic_smem() + sizeof(Smem));
-  const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table + args.table.floats()),
+  const int bias_bytes = Smem::template bias_bytes<RowBiasKind>(args, blocks * kBlock);
+  const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table) + bias_bytes,
                                            LongTokens::terms_of(args.layout), blocks * kBlock);
+  [[maybe_unused]] auto& axis_tables = *reinterpret_cast<AxisTables<Traits>*>(table);
+  [[maybe_unused]] auto& columns = *reinterpret_cast<ScoreColumns*>(&axis_tables + 1);
   const auto copies = LongCopies<Tile, kThreads, kBlock>::of(args);
   const auto lane_offsets = LaneOffsets<Tile>::of();
+  [[maybe_unused]] const LocatedTile<Tile> low_products{smem.out, lane_offsets};
 
   tokens.fill_constants(args, blocks * kBlock);
-  stage_table<true>(args, head, table);
+  if constexpr (kHasAxes) {
+    axis_tables.fill(args.layout, args.axis_tables, args.head_dim, kLog2E);
+    columns.fill(args.layout, blocks * kBlock);
+  } else {
+    stage_table<true>(args, head, table);
+  }
 
   int stage = 0;
   for (uint32_t item = share.first; item < args.long_items; item += share.step) {
@@ -84,8 +107,17 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
       copies.start(args, {0}, head, q_base, {smem.q}, tokens.number, block * kBlock);
     };
     const auto copy_keys = [&](int to_stage, int block) {
-      copies.start(args, {1, 2}, head, kv_base, {smem.kv[to_stage][0], smem.kv[to_stage][1]}, tokens.number,
-                   block * kBlock);
+      if constexpr (kHasAxes) {
+        // Recomputed for every block, because registers are scarce.
+        const uint32_t batch = ptx::opaque(index.batch);
+        const uint64_t base[2] = {chunk_base(args.regular[1], batch, head, copies.chunk),
+                                  chunk_base(args.regular[2], batch, head, copies.chunk)};
+        copies.start(args, {1, 2}, head, base, {smem.kv[to_stage][0], smem.kv[to_stage][1]}, tokens.number,
+                     block * kBlock);
+      } else {
+        copies.start(args, {1, 2}, head, kv_base, {smem.kv[to_stage][0], smem.kv[to_stage][1]}, tokens.number,
+                     block * kBlock);
+      }
     };
     copy_queries(first_block);
     copy_keys(stage, 0);
@@ -119,8 +151,19 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // A query past the window has the last query's bias: its scores are never read.
-            bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
+            if constexpr (!kHasAxes) bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
+          }
+          if constexpr (kHasAxes) {
+            // The warp's rows of q are free, and so are those of out until the last key.
+            static_assert(8 * RowBiasKind::kStride * sizeof(float) <= 16 * Traits::kHeadDim * sizeof(T));
+            const int own_row0 = ptx::opaque(row0);
+            float* const first_rows = reinterpret_cast<float*>(smem.q + own_row0 * Traits::kHeadDim);
+            float* const last_rows = reinterpret_cast<float*>(smem.out + own_row0 * Traits::kHeadDim);
+            if (has_rows) {
+              bias.set(q, args.layout, axis_tables, tokens.packed + first + own_row0, first_rows, last_rows);
+              bias.store_low(low_products, row0);
+            }
           }
         }
         const LocatedTile<Tile> k{smem.kv[stage][0], lane_offsets}, v{smem.kv[stage][1], lane_offsets};
@@ -132,8 +175,19 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
             if (key >= num_tokens) break;
             float score[2][4] = {};
             q.add_abt(score, k, 16 * step);
-            bias.add(score, factor2, args.table.has_pairs, tokens.offset + key);
-            if (mixed) mask_regions(score, row_region, tokens.region + key, args.mask2);
+            if constexpr (kHasAxes) {
+              bias.load_low(low_products, row0);  // because registers are scarce
+              bias.add(score, factor2, columns, key);
+            } else {
+              bias.add(score, factor2, args.table.has_pairs, tokens.offset + key);
+            }
+            if (mixed) {
+              if constexpr (kHasAxes) {  // registers are scarce
+                row_region[0] = tokens.region[row];
+                row_region[1] = tokens.region[row + 8];
+              }
+              mask_regions(score, row_region, tokens.region + key, args.mask2);
+            }
             if (key + 16 > num_tokens) mask_columns(score, num_tokens - key);
             if (maximum_runs) {
               float largest[2];

@@ -96,19 +96,65 @@ cudaError_t launch_long_backward(BackwardArguments& args, ReducePartialsArgument
   return launch(bias_kernel, dim3(bias_plan.blocks), dim3(Traits::kThreads), kBiasSmemBytes, stream, args, blocks);
 }
 
+// The launches of the kernels that only calls with axis_tables have.
+template <class Traits>
+struct AxisLaunches {
+  using First = AxisProductsSmem<Traits>;
+  using Last = AxisSumsSmem<Traits>;
+  GridPlan first_plan, last_plan;
+
+  static auto first_kernel() { return window_attention_bwd_axis_products_kernel<Traits, BackwardLongArguments>; }
+  static auto last_kernel() { return window_attention_bwd_axis_tables_kernel<Traits, BackwardLongArguments>; }
+
+  // Plans the grids and takes memory, in whole multiples of 16 bytes as the kernels copy rows of it.
+  cudaError_t prepare(BackwardLongArguments& args, ReducePartialsArguments& reduction, WorkspaceArena& arena,
+                      const float* tables) {
+    const int64_t heads = int64_t{args.num_windows} * args.num_heads, queries = heads * args.num_tokens;
+    int64_t resident;
+    cudaError_t status = resident_blocks(first_kernel(), First::kThreads, First::bytes(args), &resident);
+    if (status != cudaSuccess) return status;
+    first_plan = plan_grid(args.items, args.units(), resident);
+    args.axes.tables = tables;
+    args.axes.products = reinterpret_cast<uint32_t*>(arena.take(queries * kAxisWords));
+    if (reduction.daxis_tables == nullptr) return cudaSuccess;
+    status = resident_blocks(last_kernel(), Last::kThreads, Last::bytes(args), &resident);
+    if (status != cudaSuccess) return status;
+    last_plan = plan_grid(args.items, args.units(), resident);
+    args.axes.drows = reinterpret_cast<uint32_t*>(arena.take(queries * (kAxisRows / 2)));
+    args.axes.partials = arena.take(int64_t{last_plan.blocks} * axis_rows(args.layout) * args.head_dim);
+    if (kHasNarrowRange<typename Traits::T>) {
+      args.axes.exponents = reinterpret_cast<int32_t*>(arena.take(heads * args.strips));
+    }
+    reduction.axis_partials = args.axes.partials;
+    reduction.axis_workers = last_plan.blocks;
+    return cudaSuccess;
+  }
+
+  cudaError_t launch_first(const BackwardLongArguments& args, cudaStream_t stream) const {
+    return launch(first_kernel(), dim3(first_plan.blocks), dim3(First::kThreads), First::bytes(args), stream, args);
+  }
+  cudaError_t launch_last(const BackwardLongArguments& args, cudaStream_t stream) const {
+    if (args.axes.partials == nullptr) return cudaSuccess;
+    return launch(last_kernel(), dim3(last_plan.blocks), dim3(Last::kThreads), Last::bytes(args), stream, args);
+  }
+};
+
 // Launches the plain kernels for windows of more than one block of keys, if they support the call and the device has
 // enough shared memory; sets `taken` accordingly.
-template <class Traits>
+template <class Traits, bool kHasAxes = false>
 cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsArguments& reduction,
-                                       WorkspaceArena& arena, bool measure, cudaStream_t stream, bool& taken) {
-  using StripSmem = QueryStripSmem<Traits>;
-  using BlockSmem = KeyBlockSmem<Traits>;
+                                       WorkspaceArena& arena, bool measure, cudaStream_t stream, bool& taken,
+                                       const float* axis_tables = nullptr) {
+  using StripSmem = QueryStripSmem<Traits, kHasAxes>;
+  using BlockSmem = KeyBlockSmem<Traits, kHasAxes>;
   BackwardLongArguments plain = {};
   static_cast<WindowArguments<7>&>(plain) = args;
   taken = false;
   const int32_t row_tiles = (args.num_tokens + 15) / 16;
   plain.key_groups = (row_tiles + kMostSteps - 1) / kMostSteps;
+  if (kHasAxes && row_tiles < 3) plain.key_groups = 3;  // a block needs three warps to find its tokens
   if (!make_long(plain)) return cudaSuccess;
+  if (kHasAxes) plain.table = {};  // no bias table
   int shared_bytes;
   cudaError_t status = shared_bytes_of_block(&shared_bytes);
   if (status != cudaSuccess) return status;
@@ -122,9 +168,14 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   plain.row_tiles = (row_tiles + plain.strips - 1) / plain.strips;
 
   const size_t strip_bytes = StripSmem::bytes(plain), block_bytes = BlockSmem::bytes(plain);
-  const auto query_kernel = window_attention_bwd_queries_kernel<Traits>;
-  const auto key_kernel = args.bias_table == nullptr ? window_attention_bwd_keys_kernel<Traits, NoRowBias>
-                                                     : window_attention_bwd_keys_kernel<Traits, RowBias>;
+  const auto query_kernel = window_attention_bwd_queries_kernel<Traits, kHasAxes>;
+  void (*key_kernel)(BackwardLongArguments);
+  if constexpr (kHasAxes) {
+    key_kernel = window_attention_bwd_keys_kernel<Traits, AxisBias<Traits>>;
+  } else {
+    key_kernel = args.bias_table == nullptr ? window_attention_bwd_keys_kernel<Traits, NoRowBias>
+                                            : window_attention_bwd_keys_kernel<Traits, RowBias>;
+  }
   const int query_threads = 32 * plain.key_groups * plain.row_tiles;
   int64_t query_blocks, resident;
   status = resident_blocks(query_kernel, query_threads, strip_bytes, &query_blocks);
@@ -150,6 +201,11 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   reduction.workers = key_plan.workers;
 
   plain.lse = args.lse;
+  [[maybe_unused]] std::conditional_t<kHasAxes, AxisLaunches<Traits>, bool> axes = {};
+  if constexpr (kHasAxes) {
+    status = axes.prepare(plain, reduction, arena, axis_tables);
+    if (status != cudaSuccess) return status;
+  }
   plain.delta = arena.take(int64_t{args.num_windows} * args.num_heads * args.num_tokens);
   plain.table_partials =
       arena.take(int64_t{query_plan.blocks} * (reduction.dbias_table == nullptr ? 0 : args.layout.table_entries));
@@ -157,9 +213,17 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   if (measure) return cudaSuccess;
   args.table_partials = plain.table_partials;
   args.pad_partials = plain.pad_partials;
+  if constexpr (kHasAxes) {
+    status = axes.launch_first(plain, stream);
+    if (status != cudaSuccess) return status;
+  }
   status = launch(query_kernel, dim3(query_plan.blocks), dim3(query_threads), strip_bytes, stream, plain);
   if (status != cudaSuccess) return status;
-  return launch(key_kernel, dim3(key_plan.blocks), dim3(BlockSmem::kThreads), block_bytes, stream, plain);
+  status = launch(key_kernel, dim3(key_plan.blocks), dim3(BlockSmem::kThreads), block_bytes, stream, plain);
+  if constexpr (kHasAxes) {
+    if (status == cudaSuccess) status = axes.launch_last(plain, stream);
+  }
+  return status;
 }
 
 // Compiled in bwd_float.cu only, though other policies call it.
@@ -181,6 +245,8 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
   reduction.dbias = params.dbias;
   reduction.dpad_qkv = params.dpad_qkv;
   reduction.dlogit_scale = params.dlogit_scale;
+  reduction.daxis_tables = params.daxis_tables;
+  for (const int32_t rows : forward.axis_rows) reduction.axis_entries += rows * args.head_dim;
   reduction.layout = args.layout;
   reduction.num_heads = args.num_heads;
   reduction.head_dim = args.head_dim;
@@ -217,7 +283,15 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
   };
   cudaError_t status;
   Short16BackwardArguments short16 = {args};
-  if (is_short16(forward) && short16.set(params)) {
+  if (forward.axis_tables != nullptr) {
+    status = cudaErrorInvalidValue;
+    if constexpr (sizeof(typename Product::T) == 2) {
+      bool taken = false;
+      const cudaError_t launched = launch_plain_long_backward<WindowAttentionTraits<Product, 64, 8>, true>(
+          args, reduction, arena, measure, stream, taken, forward.axis_tables);
+      if (taken) status = launched;
+    }
+  } else if (is_short16(forward) && short16.set(params)) {
     status = dispatch_short16<Product>(forward, [&](auto traits) {
       using Traits = decltype(traits);
       return launch_short_backward<Traits>(window_attention_bwd_short16_kernel<Traits>,

@@ -19,19 +19,12 @@ cudaError_t launch_over_windows(void (*kernel)(Arguments), int threads, size_t s
   return launch(kernel, dim3(plan.blocks), dim3(threads), smem_bytes, stream, args);
 }
 
-// Launches the plain kernel for windows of more than one block of keys, if it supports the call and the device has
-// enough shared memory; sets `taken` accordingly.
-template <class Traits>
-cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t stream, bool& taken) {
+// Launches a plain kernel for long windows if the device has enough shared memory; sets `taken` accordingly.
+template <class Traits, class RowBiasKind>
+cudaError_t launch_plain_long_forward(ForwardLongArguments& plain, cudaStream_t stream, bool& taken) {
   using Smem = PlainForwardLongSmem<Traits>;
-  ForwardLongArguments plain = {};
-  static_cast<WindowArguments<4>&>(plain) = args;
-  plain.lse = args.lse;
-  taken = false;
-  if (!make_long(plain)) return cudaSuccess;
-  const auto kernel = args.bias_table == nullptr ? window_attention_fwd_plain_long_kernel<Traits, NoRowBias>
-                                                 : window_attention_fwd_plain_long_kernel<Traits, RowBias>;
-  const size_t smem_bytes = Smem::bytes(plain);
+  const auto kernel = window_attention_fwd_plain_long_kernel<Traits, RowBiasKind>;
+  const size_t smem_bytes = Smem::template bytes<RowBiasKind>(plain);
   int shared_bytes;
   cudaError_t status = shared_bytes_of_block(&shared_bytes);
   if (status != cudaSuccess) return status;
@@ -41,14 +34,45 @@ cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t
   status = resident_blocks(kernel, Smem::kThreads, smem_bytes, &resident);
   if (status != cudaSuccess) return status;
   // If there are enough windows, one block processes all blocks of queries of a window and finds its tokens once.
-  const uint32_t blocks = (args.num_tokens + Smem::kBlock - 1) / Smem::kBlock;
-  plain.row_blocks = int64_t{args.items} * args.units() >= resident ? blocks : 1;
+  const uint32_t blocks = (plain.num_tokens + Smem::kBlock - 1) / Smem::kBlock;
+  plain.row_blocks = int64_t{plain.items} * plain.units() >= resident ? blocks : 1;
   plain.splits = (blocks + plain.row_blocks - 1) / plain.row_blocks;
-  const int64_t items = int64_t{args.items} * plain.splits;
+  const int64_t items = int64_t{plain.items} * plain.splits;
   if (items >= INT32_MAX) return cudaErrorInvalidValue;
   plain.long_items = static_cast<uint32_t>(items);
-  const GridPlan plan = plan_grid(items, args.units(), resident);
+  const GridPlan plan = plan_grid(items, plain.units(), resident);
   return launch(kernel, dim3(plan.blocks), dim3(Smem::kThreads), smem_bytes, stream, plain);
+}
+
+// Launches the plain kernel for windows of more than one block of keys, if it supports the call and the device has
+// enough shared memory; sets `taken` accordingly.
+template <class Traits>
+cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t stream, bool& taken) {
+  ForwardLongArguments plain = {};
+  static_cast<WindowArguments<4>&>(plain) = args;
+  plain.lse = args.lse;
+  taken = false;
+  if (!make_long(plain)) return cudaSuccess;
+  return args.bias_table == nullptr ? launch_plain_long_forward<Traits, NoRowBias>(plain, stream, taken)
+                                    : launch_plain_long_forward<Traits, RowBias>(plain, stream, taken);
+}
+
+// Launches the kernel for axis_tables.
+template <class Product>
+cudaError_t launch_axis_forward(const ForwardArguments& args, const float* axis_tables, cudaStream_t stream) {
+  if constexpr (sizeof(typename Product::T) == 2) {
+    using Traits = WindowAttentionTraits<Product, 64, 8>;
+    ForwardLongArguments plain = {};
+    static_cast<WindowArguments<4>&>(plain) = args;
+    plain.lse = args.lse;
+    plain.axis_tables = axis_tables;
+    if (!make_long(plain)) return cudaErrorInvalidValue;
+    plain.table = {};  // no bias table
+    bool taken = false;
+    const cudaError_t status = launch_plain_long_forward<Traits, AxisBias<Traits>>(plain, stream, taken);
+    return taken ? status : cudaErrorInvalidValue;
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <class Product>
@@ -58,6 +82,7 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
   args.maps[3] = MapAddress::of(params.out, args.element_bytes());
   args.lse = params.lse;
   if (args.num_windows == 0) return cudaSuccess;
+  if (params.axis_tables != nullptr) return launch_axis_forward<Product>(args, params.axis_tables, stream);
   Short16ForwardArguments short16 = {args};
   if (is_short16(params) && short16.set(params)) {
     return dispatch_short16<Product>(params, [&](auto traits) {
