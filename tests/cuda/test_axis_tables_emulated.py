@@ -169,6 +169,21 @@ assert all(x.isfinite().all() for x in found[0])
 """
 
 
+@pytest.mark.parametrize(
+    ("room", "windows"),
+    [(99, [(14, 14), (16, 12), (12, 16), (13, 15), (15, 13), (1, 1)]), (163, [(16, 16), (16, 15)])],
+    ids=["99 KB", "163 KB"],
+)
+def test_the_backward_pass_fits_into_shared_memory(library, room, windows):
+    """Windows that the support check admits on devices with this much shared memory for a block."""
+    library.configure(shared_bytes=room * 1024)
+    for window in windows:
+        tables = tuple(torch.empty(2 * w - 1, 64) for w in window)
+        arguments = {"num_heads": 1, "window_size": window, "axis_tables": tables}
+        qkv = torch.empty(1, *window, 3 * 64, dtype=torch.bfloat16)
+        assert library.workspace_bytes(qkv, ["axis_tables"], **arguments) > 0, window
+
+
 @pytest.mark.slow
 def test_maps_with_gaps_between_rows_of_tokens():
     """The bindings copy these maps: the kernels take maps whose tokens lie one stride apart."""
