@@ -62,7 +62,7 @@ class Case:
     head_dim: int = 32
     dtype: str = "bf16"
     lse: bool = False  # forward only; the backward pass always reads it
-    bias: str = "table"  # or "dense" or "none"
+    bias: str = "table"  # or "dense", "axes" (axis_tables, of a 2D window) or "none"
     cosine: bool = False  # v2
     separate: bool = False  # q, k and v in separate maps
     kind: str = "interior"  # or "seam", "padded"
@@ -109,6 +109,8 @@ def _cases() -> Iterator[Case]:
         yield Case(kernel, (12, 12), bias="dense")
         yield Case(kernel, (12, 12), cosine=True)
         yield Case(kernel, (14, 14))
+        yield Case(kernel, (14, 14), head_dim=64)
+        yield Case(kernel, (14, 14), head_dim=64, bias="axes")  # SAM-B
         yield Case(kernel, (16, 16))
         yield Case(kernel, (7, 7, 7))
         yield Case(kernel, (8, 7, 7))
@@ -253,6 +255,7 @@ class _Call(ctypes.Structure):
             for name in ("qkv", "out", "lse", "bias_table", "bias", "logit_scale", "dout", "dqkv")
         ),
         *((name, ctypes.c_uint64) for name in ("dbias_table", "dbias", "dlogit_scale", "workspace")),
+        *((name, ctypes.c_uint64) for name in ("axis_tables", "daxis_tables")),
         ("separate", ctypes.c_int32),
     ]
 
@@ -315,7 +318,12 @@ def run(
     all_windows = batch * math.prod(-(-s // w) for s, w in zip(size, window, strict=True))
     entries = math.prod(2 * w - 1 for w in window)
     take("qkv", 3 * tokens * row, np.uint16)
-    biases = {"table": ("bias_table", entries), "dense": ("bias", case.tokens**2)}
+    axis_entries = sum(2 * w - 1 for w in case.window) * row
+    biases = {
+        "table": ("bias_table", entries),
+        "dense": ("bias", case.tokens**2),
+        "axes": ("axis_tables", axis_entries),
+    }
     if case.bias in biases:
         take(*biases[case.bias], np.float32)
     if case.cosine:

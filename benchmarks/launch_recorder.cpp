@@ -17,6 +17,7 @@ struct Call {
   int32_t multiprocessors, blocks_per_multiprocessor, capability;
   float scale, mask_value;
   uint64_t qkv, out, lse, bias_table, bias, logit_scale, dout, dqkv, dbias_table, dbias, dlogit_scale, workspace;
+  uint64_t axis_tables, daxis_tables;
   int32_t separate;  // q, k and v in separate maps, not interleaved
 };
 
@@ -86,6 +87,8 @@ swinkernels::WindowAttentionForwardParams forward_params(const Call& call) {
   params.bias = at<float>(call.bias);
   params.bias_types = 1;
   params.logit_scale = at<float>(call.logit_scale);
+  params.axis_tables = at<float>(call.axis_tables);
+  for (int axis = 1; axis < 3 && call.axis_tables != 0; ++axis) params.axis_rows[axis] = 2 * call.window[axis] - 1;
   return params;
 }
 
@@ -100,6 +103,7 @@ swinkernels::WindowAttentionBackwardParams backward_params(const Call& call) {
   params.dbias_table = at<float>(call.dbias_table);
   params.dbias = at<float>(call.dbias);
   params.dlogit_scale = at<float>(call.dlogit_scale);
+  params.daxis_tables = at<float>(call.daxis_tables);
   params.workspace = at<void>(call.workspace);
   return params;
 }

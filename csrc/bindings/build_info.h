@@ -42,7 +42,10 @@ inline std::string window_attention_limits() {
 #ifdef SWINKERNELS_WITH_CUDA
   return "{" + entry("max_window_volume", cuda::kMaxWindowVolume) + ", " + entry("max_head_dim", cuda::kMaxHeadDim) +
          ", " + entry("shared_bytes_of_longest", cuda::kSharedBytesOfLongest) + ", " +
-         entry("max_window_volume_in_less", cuda::kMaxWindowVolumeInLess) + "}";
+         entry("max_window_volume_in_less", cuda::kMaxWindowVolumeInLess) + ", " +
+         entry("max_axis_tables_window", cuda::kMaxAxisTablesWindow) + ", " +
+         entry("max_axis_tables_head_dim", cuda::kMaxAxisTablesHeadDim) + ", " +
+         entry("max_axis_tables_volume_in_less", cuda::kMaxAxisTablesVolumeInLess) + "}";
 #else
   return "null";
 #endif

@@ -52,6 +52,17 @@ inline Tensor readable(const Tensor& x, int64_t alignment) {
   return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // x was contiguous, but not aligned
 }
 
+// Returns x (B, *S, ...), with `rank` axes S, itself if its tokens lie one stride apart in image order, else a copy.
+inline Tensor with_regular_tokens(const Tensor& x, int64_t rank) {
+  int64_t expected = -1;
+  for (int64_t axis = rank; axis > 0; --axis) {
+    if (x.size(axis) == 1) continue;  // the stride of an axis of one token is never used
+    if (expected >= 0 && x.stride(axis) != expected) return torch::stable::contiguous(x);
+    expected = x.stride(axis) * x.size(axis);
+  }
+  return x;
+}
+
 // Returns x itself if it is contiguous and its address is a multiple of `alignment` bytes, else a copy.
 inline Tensor packed(const Tensor& x, int64_t alignment) {
   if (!x.is_contiguous()) return torch::stable::contiguous(x);

@@ -29,6 +29,7 @@ namespace {
 struct CpuBackend {
   // The alignment in bytes of data pointers and strides, for maps whose heads have this many bytes.
   static int64_t alignment(int64_t) { return 1; }
+  static constexpr bool kAxisTablesNeedRegularTokens = false;
   explicit CpuBackend(const Tensor&) {}
   static void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
@@ -44,6 +45,7 @@ struct CpuBackend {
 #ifdef SWINKERNELS_WITH_CUDA
 struct CudaBackend : CurrentStream {
   static int64_t alignment(int64_t row_bytes) { return cuda::row_alignment(row_bytes); }
+  static constexpr bool kAxisTablesNeedRegularTokens = true;
   using CurrentStream::CurrentStream;
   void forward(const WindowAttentionForwardParams& p) const {
     SWINKERNELS_CUDA_CHECK(cuda::window_attention_forward(p, stream));
@@ -165,6 +167,12 @@ struct WindowAttention {
 
   static int64_t rank(const Tensor& x) { return x.dim() - (kPacked ? 4 : 3); }
 
+  // Returns x itself if the kernels can read it in place, else a copy.
+  static Tensor in_place_or_copied(const Tensor& x, int64_t rank, int64_t alignment, const WindowSpec& spec) {
+    const bool regular = Backend::kAxisTablesNeedRegularTokens && spec.axis_tables;
+    return readable(regular ? with_regular_tokens(x, rank) : x, alignment);
+  }
+
   // Points the maps to q, k and v, or to their gradients.
   template <class Map, class MakeMap>
   static void place(Map* const (&maps)[3], const std::vector<Tensor>& xs, MakeMap make) {
@@ -184,7 +192,7 @@ struct WindowAttention {
                   std::move(pad_qkv),    std::move(region_map), std::move(dropout_seed)};
     const Backend backend(xs[0]);
     const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
-    for (Tensor& x : xs) x = readable(x, alignment);
+    for (Tensor& x : xs) x = in_place_or_copied(x, rank(x), alignment, spec);
     const Tensor& x = xs[0];
     WindowAttentionForwardParams p{};
     fill(p, x, rank(x), spec);
@@ -214,8 +222,8 @@ struct WindowAttention {
                   std::move(pad_qkv),    std::move(region_map), std::move(dropout_seed)};
     const Backend backend(xs[0]);
     const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
-    for (Tensor& x : xs) x = readable(x, alignment);
-    dout = readable(dout, alignment);
+    for (Tensor& x : xs) x = in_place_or_copied(x, rank(x), alignment, spec);
+    dout = in_place_or_copied(dout, rank(xs[0]), alignment, spec);
     if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);
     const Tensor& x = xs[0];
     WindowAttentionBackwardParams p{};

@@ -66,7 +66,7 @@ def window_attention_part(
             spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
         except ValueError as error:  # every backend refuses it, for example a window of too many tokens
             return [str(error)]
-        return window_attention_reasons(backend, spec, qkv_weight.dtype, qkv_weight.device)
+        return window_attention_reasons(backend, spec, head_dim, qkv_weight.dtype, qkv_weight.device)
 
     return Part("attention", "window_attention", reason_to_fall_back, reasons)
 

@@ -162,8 +162,12 @@ def _longest_window(backend: str, device: torch.device) -> int | None:
     limits = LIMITS.get(backend)
     if limits is None or device.type != "cuda":
         return None
-    has_room = _shared_bytes(device) >= limits["shared_bytes_of_longest"]
-    return limits["max_window_volume" if has_room else "max_window_volume_in_less"]
+    return limits["max_window_volume" if has_room_for_longest(backend, device) else "max_window_volume_in_less"]
+
+
+def has_room_for_longest(backend: str, device: torch.device) -> bool:
+    """Return True unless the device is a GPU whose blocks have too little shared memory for the longest windows."""
+    return device.type != "cuda" or _shared_bytes(device) >= LIMITS[backend]["shared_bytes_of_longest"]
 
 
 @constant_when_compiled

@@ -121,12 +121,13 @@ def attention_half(
             )
         width = whole.shape[0] // 3
         _arguments.check_linear(op, x, "proj", proj_weight, proj_bias, (channels, width))
+        head_dim = width // heads
         spec = spec_of(
-            op, x, x.shape[1:-1], width // heads, num_heads=heads, window_size=window_size, bias_table=bias_table,
+            op, x, x.shape[1:-1], head_dim, num_heads=heads, window_size=window_size, bias_table=bias_table,
             **attention,
         )  # fmt: skip
         between = linear_dtype(x)
-        choose(op, backend, x.device, lambda b: window_attention_reasons(b, spec, between, x.device))
+        choose(op, backend, x.device, lambda b: window_attention_reasons(b, spec, head_dim, between, x.device))
         dtypes = (x.dtype, between) if norm == "pre" else (between, x.dtype)
 
         def of_norm(b: str) -> list[str]:

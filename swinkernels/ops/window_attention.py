@@ -163,8 +163,43 @@ def spec_of(
 _MOST_AXIS_COLUMNS = 256
 
 
+def _axis_tables_reasons(
+    backend: str, spec: WindowSpec, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """List the reasons why a backend cannot run a call because of its axis_tables."""
+    reasons = []
+    if backend == "triton" and sum(spec.window_size) > _MOST_AXIS_COLUMNS:
+        reasons.append(
+            f"with axis_tables the tokens per axis of a window may add up to {_MOST_AXIS_COLUMNS}, got "
+            f"{' + '.join(map(str, spec.window_size))}"
+        )
+    if backend == "cuda" and (limits := _backends.LIMITS.get("cuda")) is not None:
+        window, widest = limits["max_axis_tables_window"], limits["max_axis_tables_head_dim"]
+        size = " x ".join(map(str, spec.window_size))
+        if dtype == torch.float32:
+            reasons.append("with axis_tables it has kernels for float16 and bfloat16, got float32")
+        if len(spec.window_size) != 2 or max(spec.window_size) > window:
+            reasons.append(f"with axis_tables it takes windows of at most {window} x {window} tokens, got {size}")
+        if head_dim > widest or head_dim % 8 != 0:
+            reasons.append(f"with axis_tables head_dim must be a multiple of 8 of at most {widest}, got {head_dim}")
+        if spec.dropout_p > 0.0:
+            reasons.append("with axis_tables it does not implement dropout_p")
+        in_less = limits["max_axis_tables_volume_in_less"]
+        if not _backends.has_room_for_longest(backend, device) and spec.volume > in_less:
+            reasons.append(
+                f"with axis_tables it takes windows of at most {in_less} tokens on a GPU with less than "
+                f"{limits['shared_bytes_of_longest'] // 1024} KB of shared memory per block, got {size}"
+            )
+    return reasons
+
+
 def window_attention_reasons(
-    backend: str, spec: WindowSpec, dtype: torch.dtype, device: torch.device, return_attention: bool = False
+    backend: str,
+    spec: WindowSpec,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    return_attention: bool = False,
 ) -> list[str]:
     """List the reasons why a backend cannot run a call."""
     if backend in PLAIN:
@@ -172,13 +207,8 @@ def window_attention_reasons(
     reasons = _backends._reasons(backend, "window_attention", device) + _backends._dtype_reasons(backend, dtype)
     if spec.dropout_p > 0.0 and backend == "cpu":
         reasons.append("it does not implement dropout_p")
-    if spec.axis_tables and backend == "cuda":
-        reasons.append("it does not implement axis_tables")
-    if spec.axis_tables and backend == "triton" and sum(spec.window_size) > _MOST_AXIS_COLUMNS:
-        reasons.append(
-            f"with axis_tables the tokens per axis of a window may add up to {_MOST_AXIS_COLUMNS}, got "
-            f"{' + '.join(map(str, spec.window_size))}"
-        )
+    if spec.axis_tables:
+        reasons += _axis_tables_reasons(backend, spec, head_dim, dtype, device)
     if spec.key_window != spec.window_size and backend == "cuda":
         reasons.append("it does not implement key_window")
     if return_attention:
@@ -238,7 +268,7 @@ def _make_plan(
     dtype = autocast_dtype(x) or x.dtype
 
     def reasons(backend: str) -> list[str]:
-        return window_attention_reasons(backend, spec, dtype, x.device, return_attention)
+        return window_attention_reasons(backend, spec, head_dim, dtype, x.device, return_attention)
 
     backend = choose(form, requested, x.device, reasons)
     pad_qkv, region_map = tables["pad_qkv"], tables["region_map"]

@@ -20,6 +20,7 @@ from swinkernels.testing import (
     opcheck_forward_and_backward,
     run_case,
 )
+from tests.cuda.test_axis_tables_emulated import CASES as AXIS_TABLES
 from tests.cuda.test_window_attention_emulated import (
     DROPOUT,
     FEATURES,
@@ -84,6 +85,14 @@ def test_sizes(case: WindowAttentionCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometry(name: str, dtype: torch.dtype) -> None:
     check_window_attention(attend("cuda"), GEOMETRY[name], dtype, DEVICE)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("name", AXIS_TABLES)
+def test_decomposed_relative_positions(name: str, dtype: torch.dtype) -> None:
+    case = AXIS_TABLES[name]
+    check_window_attention(attend("cuda"), case, dtype, DEVICE, cancels=1 in case.window_tuple)
 
 
 @needs_cuda

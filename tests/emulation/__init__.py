@@ -377,6 +377,7 @@ class Arguments(NamedTuple):
     logit_scale: Tensor | None
     pad_qkv: Tensor | None
     region_map: Tensor | None
+    axis_tables: Tensor | None  # of all axes
 
 
 class _Call:
@@ -410,7 +411,7 @@ class _Call:
         self.lse = library.empty(lse_shape, torch.float32)
         self.tables = {
             name: library.copy(x.detach().float().contiguous())
-            for name in ("bias_table", "bias", "logit_scale")
+            for name in ("bias_table", "bias", "logit_scale", "axis_tables")
             if (x := getattr(args, name)) is not None
         }
         self.seed = None if seed is None else library.copy(torch.tensor([seed]))
@@ -437,6 +438,9 @@ class _Call:
             _token_map(self.out),
             lse=pointer(self.lse),
             **{name: pointer(x) for name, x in self.tables.items()},
+            axis_rows=(ctypes.c_int32 * 3)(
+                *three([2 * w - 1 for w in spec.window_size] if spec.axis_tables else (), 0)
+            ),
             bias_types=spec.table_types if args.bias is None or args.bias.dim() == 3 else args.bias.shape[0],
             pad_qkv=pointer(self.pad_qkv),
             region_map=pointer(self.region_map),
@@ -481,7 +485,7 @@ class _Call:
 
 
 # Tensors other than the maps that may have gradients.
-_DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
+_DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv", "axis_tables")
 
 
 class _Attend(torch.autograd.Function):
@@ -518,6 +522,8 @@ class WindowAttentionLibrary(Library):
         x = _arguments.check_qkvpacked(op, qkv, num_heads)
         tables = {"bias_table": bias_table, **{n: arguments.get(n) for n in Arguments._fields[5:]}}
         spec = spec_of(op, x, x.shape[1:-3], x.shape[-1], num_heads=num_heads, bias_table=bias_table, **arguments)
+        if tables["axis_tables"] is not None:
+            tables["axis_tables"] = torch.cat(tuple(tables["axis_tables"]))
         return Arguments(spec, tuple(x.shape[1:-3]), num_heads, x.shape[-1], **tables)
 
     def window_attention_qkvpacked(

@@ -9,6 +9,7 @@ _LAYER_NORM = "csrc/kernels/cuda/layer_norm/"
 _IN_ATTENTION = "tests/cuda/test_window_attention_emulated.py::"
 _IN_LAYER_NORM = "tests/cuda/test_layer_norm_emulated.py::"
 _IN_LONG = "tests/cuda/test_long_windows_emulated.py::"
+_IN_AXES = "tests/cuda/test_axis_tables_emulated.py::"
 _IN_PARTITION = "tests/cuda/test_window_partition_emulated.py::"
 
 FAULTS = {
@@ -239,6 +240,48 @@ FAULTS = {
         "multiply(dk, power_of_two(exponent - needed));",
         "multiply(dk, 1.0f);",
         _IN_ATTENTION + "test_dscores_beyond_float16",
+    ),
+    "cuda-axes-offset-of-the-other-sign": Fault(
+        _ATTENTION + "axis_tables.cuh",
+        "x[n] = 2 * t + column < window ? met[-column] : 0.0f;",
+        "x[n] = 2 * t + column < window ? met[column + 4 * t - 2 * coordinate] : 0.0f;",
+        _IN_AXES + "test_outputs_and_gradients[three heads-torch.float16]",
+    ),
+    "cuda-axes-without-the-last-coordinate": Fault(
+        _ATTENTION + "axis_tables.cuh",
+        "x[n] = 2 * t + column < window ?",
+        "x[n] = 2 * t + column + 1 < window ?",
+        _IN_AXES + "test_outputs_and_gradients[three heads-torch.float16]",
+    ),
+    "cuda-axes-tables-rounded-to-16-bits": Fault(
+        _ATTENTION + "axis_tables.cuh",
+        "q.add_abt(x, LocatedTile<Tile>{tables.low, lane_offsets}, row);",
+        "",
+        _IN_AXES + "test_tables_of_more_digits_than_the_maps[torch.bfloat16]",
+    ),
+    "cuda-axes-products-rounded-to-16-bits": Fault(
+        _ATTENTION + "axis_tables.cuh",
+        "for (int part = 0; part < 4; ++part)",
+        "for (int part = 0; part < 2; ++part)",
+        _IN_AXES + "test_tables_of_more_digits_than_the_maps[torch.bfloat16]",
+    ),
+    "cuda-axes-gradient-of-the-other-sign": Fault(
+        _ATTENTION + "bwd_axis_sm80.cuh",
+        "offset[n] = window[n] - 1 - (2",
+        "offset[n] = 1 - window[n] + (2",
+        _IN_AXES + "test_outputs_and_gradients[three heads-torch.float16]",
+    ),
+    "cuda-axes-gradient-without-the-last-coordinate": Fault(
+        _ATTENTION + "bwd_axis_sm80.cuh",
+        "column >= 0 && column < window[n];",
+        "column >= 0 && column + 1 < window[n];",
+        _IN_AXES + "test_outputs_and_gradients[three heads-torch.float16]",
+    ),
+    "cuda-axes-drows-of-one-scale": Fault(
+        _ATTENTION + "bwd_axis_sm80.cuh",
+        "sum[n][e] = fmaf(x[n][e], factor, sum[n][e]);",
+        "sum[n][e] += x[n][e];",
+        _IN_AXES + "test_dscores_beyond_float16",
     ),
     "cuda-layer-norm-slope": Fault(
         _LAYER_NORM + "bwd_sm80.cuh",

@@ -125,12 +125,47 @@ def test_a_compiled_call_with_axis_tables_is_the_call():
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_kernels_that_have_not_an_argument_refuse_it_by_name(backend):
-    """Triton implements all of these arguments."""
-    axis_tables = torch.zeros(7, 8), torch.zeros(7, 8)
-    for given, name in (({"axis_tables": axis_tables}, "axis_tables"), ({"key_window": 6}, "key_window")):
-        spec = spec_of("op", torch.zeros(0), (8, 8), 8, num_heads=2, window_size=4, **given)
-        reasons = window_attention_reasons(backend, spec, torch.float32, torch.device("cpu"))
-        assert (f"it does not implement {name}" in reasons) == (backend == "cuda")
+    """Triton implements key_window, and CUDA does not."""
+    spec = spec_of("op", torch.zeros(0), (8, 8), 8, num_heads=2, window_size=4, key_window=6)
+    reasons = window_attention_reasons(backend, spec, 8, torch.float32, torch.device("cpu"))
+    assert ("it does not implement key_window" in reasons) == (backend == "cuda")
+
+
+CUDA_LIMITS = {
+    "max_window_volume": 1024,
+    "shared_bytes_of_longest": 160 * 1024,
+    "max_window_volume_in_less": 256,
+    "max_axis_tables_window": 16,
+    "max_axis_tables_head_dim": 64,
+    "max_axis_tables_volume_in_less": 196,
+}
+
+
+@pytest.mark.parametrize(
+    ("window", "head_dim", "dtype", "dropout_p", "room", "message"),
+    [
+        ((14, 14), 64, torch.bfloat16, 0.0, 99, None),
+        ((16, 16), 64, torch.float16, 0.0, 163, None),
+        ((3, 5), 8, torch.float16, 0.0, 99, None),
+        ((14, 14), 64, torch.float32, 0.0, 227, "kernels for float16 and bfloat16, got float32"),
+        ((17, 14), 64, torch.bfloat16, 0.0, 227, "windows of at most 16 x 16 tokens, got 17 x 14"),
+        ((2, 4, 4), 64, torch.bfloat16, 0.0, 227, "windows of at most 16 x 16 tokens, got 2 x 4 x 4"),
+        ((14, 14), 80, torch.bfloat16, 0.0, 227, "multiple of 8 of at most 64, got 80"),
+        ((14, 14), 60, torch.bfloat16, 0.0, 227, "multiple of 8 of at most 64, got 60"),
+        ((14, 14), 64, torch.bfloat16, 0.1, 227, "does not implement dropout_p"),
+        ((16, 16), 64, torch.bfloat16, 0.0, 99, "at most 196 tokens on a GPU with less than 160 KB"),
+    ],
+)
+def test_limits_of_the_cuda_kernels_for_axis_tables(monkeypatch, window, head_dim, dtype, dropout_p, room, message):
+    monkeypatch.setitem(_backends.LIMITS, "cuda", CUDA_LIMITS)
+    monkeypatch.setattr(_backends, "_shared_bytes", lambda device: room * 1024)
+    monkeypatch.setattr(_backends, "_reasons", lambda *_: [])
+    tables = tuple(torch.zeros(2 * w - 1, head_dim) for w in window)
+    options = {"num_heads": 1, "window_size": window, "axis_tables": tables, "dropout_p": dropout_p}
+    spec = spec_of("op", torch.zeros(0), window, head_dim, **options)
+    reasons = window_attention_reasons("cuda", spec, head_dim, dtype, torch.device("cuda", 0))
+    assert len(reasons) == (message is not None)
+    assert all(message in reason for reason in reasons)
 
 
 def test_a_call_is_looked_up_by_the_shapes_of_its_axis_tables():
@@ -166,5 +201,5 @@ def test_a_key_window_reads_pads_of_a_map_of_whole_windows(backend):
 def test_triton_refuses_a_tile_with_too_many_columns(window, is_taken):
     tables = tuple(torch.zeros(2 * w - 1, 8) for w in window)
     spec = spec_of("op", torch.empty(0), window, 8, num_heads=1, window_size=window, axis_tables=tables)
-    reasons = window_attention_reasons("triton", spec, torch.float32, torch.device("cpu"))
+    reasons = window_attention_reasons("triton", spec, 8, torch.float32, torch.device("cpu"))
     assert any("may add up to 256, got 2 + 255" in reason for reason in reasons) is not is_taken

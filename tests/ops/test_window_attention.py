@@ -101,7 +101,7 @@ def test_long_windows_need_shared_memory(monkeypatch):
     for backend, room, refused in (("cuda", 99 * 1024, True), ("cuda", 163 * 1024, False), ("triton", 0, False)):
         monkeypatch.setattr(_backends, "_shared_bytes", lambda device, room=room: room)
         monkeypatch.setattr(_backends, "_reasons", lambda *_: [])
-        reasons = window_attention_reasons(backend, spec, torch.float32, torch.device("cuda", 0))
+        reasons = window_attention_reasons(backend, spec, 8, torch.float32, torch.device("cuda", 0))
         assert reasons == (
             [
                 "it takes windows of at most 256 tokens on a GPU with "

@@ -220,18 +220,19 @@ def _part_reasons(attn: Any, backend: str, training: bool) -> list[str]:
     """List the reasons why a backend cannot run the op for windows with a mask."""
     weight, heads, n = attn.qkv.weight, attn.num_heads, _volume(attn)
     bias = torch.empty((2, heads, n, n), device="meta")
+    head_dim = weight.shape[0] // (3 * heads)
     spec = spec_of(
         "accelerate",
         bias,
         (2, n),
-        weight.shape[0] // (3 * heads),
+        head_dim,
         num_heads=heads,
         window_size=(1, n),
         bias=bias,
         logit_scale=torch.empty(heads, device="meta") if is_cosine(attn) else None,
         dropout_p=dropout_p(attn) if training else 0.0,
     )
-    return window_attention_reasons(backend, spec, weight.dtype, weight.device)
+    return window_attention_reasons(backend, spec, head_dim, weight.dtype, weight.device)
 
 
 @functools.cache

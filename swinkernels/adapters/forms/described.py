@@ -74,7 +74,7 @@ class Described(DynamicSubclass):
             others = {name: value for name, value in arguments.items() if name != "return_attention"}
             spec = spec_of("accelerate", x, size, head_dim, **others)
             queries = x.shape[0] * heads * math.prod(frame_of(size, spec.window_size))
-            calls.append((spec, queries * spec.key_volume))
+            calls.append((spec, head_dim, queries * spec.key_volume))
             if calls.are_dry:
                 return x.new_zeros(x.shape[0], *size, heads * head_dim)
         return op_on(self._swinkernels_backend)(*maps, **arguments)
@@ -187,12 +187,12 @@ def _geometry(maps: tuple[Tensor, ...], num_heads: int) -> tuple[tuple[int, ...]
 
 
 _TRIALS = Verdicts()
-# (form, signature) -> the specs of the op's calls for inputs of the module's own sizes.
-_SPECS: dict[tuple[Any, ...], tuple[WindowSpec, ...]] = {}
+# (form, signature) -> the specs and head_dims of the op's calls for inputs of the module's own sizes.
+_SPECS: dict[tuple[Any, ...], tuple[tuple[WindowSpec, int], ...]] = {}
 
 
-class _Calls(list[tuple[WindowSpec, int]]):
-    """Lists the op's calls, each as its spec and its number of scores. Copies of a module share the list."""
+class _Calls(list[tuple[WindowSpec, int, int]]):
+    """Lists the op's calls, each as its spec, head_dim and number of scores. Copies of a module share the list."""
 
     # True if the calls return zeros, so that an input of any size costs little.
     are_dry = False
@@ -200,8 +200,8 @@ class _Calls(list[tuple[WindowSpec, int]]):
     def __deepcopy__(self, memo: Any) -> _Calls:
         return self
 
-    def specs(self) -> tuple[WindowSpec, ...]:
-        return tuple(dict.fromkeys(spec for spec, _ in self if spec.dropout_p == 0.0))
+    def specs(self) -> tuple[tuple[WindowSpec, int], ...]:
+        return tuple(dict.fromkeys((spec, head_dim) for spec, head_dim, _ in self if spec.dropout_p == 0.0))
 
 
 def _put_in_place(form: Form, calls: _Calls, module: nn.Module) -> None:
@@ -291,7 +291,7 @@ def _cases(form: Form, is_short: bool, module: nn.Module) -> list[Case]:
     """Return the inputs to try; for a short trial, only the one with the fewest scores."""
     sizes = _sizes(form, module)
     try:
-        scores = [sum(n for _, n in calls) for calls in _dry_calls(form, module, sizes)]
+        scores = [sum(n for *_, n in calls) for calls in _dry_calls(form, module, sizes)]
     except Exception:  # the code may need values; a trial describes other errors better
         scores = [math.prod(size) for size in sizes]
     images = [1 if is_short or _BATCH * n > MOST_SCORES else _BATCH for n in scores]
@@ -359,8 +359,9 @@ def _part_reasons(form: Form, module: Any, backend: str, training: bool) -> list
     drops = [m.p for name, m in module.named_modules() if isinstance(m, nn.Dropout) and name.endswith("attn_drop")]
     p = max(drops, default=0.0) if training else 0.0
     found: list[str] = []
-    for spec in specs:
-        found += window_attention_reasons(backend, dataclasses.replace(spec, dropout_p=p), weight.dtype, weight.device)
+    for spec, head_dim in specs:
+        with_dropout = dataclasses.replace(spec, dropout_p=p)
+        found += window_attention_reasons(backend, with_dropout, head_dim, weight.dtype, weight.device)
     return list(dict.fromkeys(found))
 
 

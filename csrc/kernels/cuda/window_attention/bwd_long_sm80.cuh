@@ -1,4 +1,5 @@
-// Window attention backward for long windows of the plain kind (long_windows.cuh). Other long windows use bwd_sm80.cuh.
+// Window attention backward for long windows of the plain kind (long_windows.cuh), and for windows of any length with
+// axis_tables (bwd_axis_sm80.cuh). Other long windows use bwd_sm80.cuh.
 //
 // Maths     As in bwd_sm80.cuh and, for v2, cosine.cuh, with seven products of blocks: three in the query kernel, which
 //           also sums dbias, and four in the key kernel, which gets lse and delta from the query kernel.
@@ -17,6 +18,7 @@
 // Limits    head_dim <= 64.
 #pragma once
 
+#include "bwd_axis_sm80.cuh"
 #include "bwd_common.cuh"
 #include "long_windows.cuh"
 
@@ -34,6 +36,7 @@ struct BackwardLongArguments : LongArguments<7> {
   uint32_t splits, key_blocks, long_items;
   float* dense_partials;  // (window workers, heads, N, N) for a dense bias, null if not wanted
   float* logit_partials;  // (blocks of the query kernel), null if not wanted
+  AxisArguments axes;
 };
 
 constexpr int kMostSteps = 4;  // steps of 16 keys per warp, in the query kernel
@@ -42,9 +45,10 @@ constexpr int kMostSteps = 4;  // steps of 16 keys per warp, in the query kernel
 template <class Traits, bool kCosine>
 constexpr int kMostQueryWarps = Traits::kHeadDim <= 32 && !kCosine ? 16 : 12;
 
-template <class Traits>
+template <class Traits, bool kHasAxes>
 struct QueryStripSmem {
   using T = typename Traits::T;
+  using AxisSmem = AxisStripSmem<Traits>;
   static constexpr int kBiasTiles = 2 * kMostSteps;
   static constexpr int kGroups = kMostQueryWarps<Traits, false>;
   static constexpr int kGradientStride = Traits::kHeadDim + 8;  // floats of a row; eight rows are in different banks
@@ -53,6 +57,7 @@ struct QueryStripSmem {
   float* dq;              // (key groups, rows, kGradientStride), in place of v
   float4* fragments;      // (warps, kBiasTiles, 32): the bias; at the end of a strip, its dbias
   float* delta;           // (rows, kGroups): each key group's part
+  AxisSmem axes;          // with axis_tables, in place of the fragments
   unsigned char* tokens;  // then the norms of v2
 
   struct Counts {
@@ -60,19 +65,23 @@ struct QueryStripSmem {
   };
   __host__ __device__ static Counts counts(const BackwardLongArguments& args) {
     const int rows = 16 * args.row_tiles, keys = (args.num_tokens + 15) / 16 * 16;
-    const int v_bytes = keys * Traits::kRowBytes, dq_bytes = 4 * args.key_groups * rows * kGradientStride;
-    return {rows, keys, 32 * kBiasTiles * args.key_groups * args.row_tiles, v_bytes > dq_bytes ? v_bytes : dq_bytes};
+    const int parts = args.key_groups + (kHasAxes ? 1 : 0);
+    const int v_bytes = keys * Traits::kRowBytes, dq_bytes = 4 * parts * rows * kGradientStride;
+    const int fragments = kHasAxes ? 0 : 32 * kBiasTiles * args.key_groups * args.row_tiles;
+    return {rows, keys, fragments, v_bytes > dq_bytes ? v_bytes : dq_bytes};
   }
   static int bytes(const BackwardLongArguments& args) {
     const Counts n = counts(args);
+    const int axis_bytes = kHasAxes ? AxisSmem::bytes(n.rows, n.keys, args.key_groups) : 0;
     return Traits::kRowBytes * (2 * n.rows + n.keys) + n.v_bytes + 16 * n.fragments + 4 * n.rows * kGroups +
-           LongTokens::bytes(LongTokens::terms_of(args.layout), n.keys + n.rows) +
+           axis_bytes + LongTokens::bytes(LongTokens::terms_of(args.layout), n.keys + n.rows) +
            (args.logit_scale == nullptr ? 0 : LongNorms::bytes(n.keys + n.rows));
   }
   __device__ __forceinline__ static QueryStripSmem of(const BackwardLongArguments& args) {
     const Counts n = counts(args);
     SmemArena arena{dynamic_smem()};
     QueryStripSmem smem;
+    if constexpr (kHasAxes) smem.axes = AxisSmem::of(arena, n.rows, n.keys, args.key_groups);
     smem.k = arena.take<T>(n.keys * Traits::kHeadDim);
     smem.q = arena.take<T>(n.rows * Traits::kHeadDim);
     smem.dout = arena.take<T>(n.rows * Traits::kHeadDim);
@@ -124,7 +133,7 @@ __device__ __forceinline__ void copy_long_rows(const BackwardLongArguments& args
 // entry is the sum over the pairs of tokens with the entry's relative offset, which determines the key for every query.
 template <class Traits>
 __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardLongArguments& args,
-                                                   const QueryStripSmem<Traits>& smem, const LongTokens& tokens,
+                                                   const QueryStripSmem<Traits, false>& smem, const LongTokens& tokens,
                                                    int first) {
   const WindowLayout& layout = args.layout;
   const int end_of_strip = min(first + 16 * args.row_tiles, args.num_tokens);
@@ -234,12 +243,12 @@ __device__ __forceinline__ void write_logit_sum(const BackwardLongArguments& arg
   args.logit_partials[blockIdx.x] = is_clamped(args.logit_scale[head]) ? 0.0f : total;
 }
 
-template <class Traits, bool kCosine>
+template <class Traits, bool kCosine, bool kHasAxes>
 __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
     window_attention_bwd_queries_kernel(const __grid_constant__ BackwardLongArguments args) {
   using T = typename Traits::T;
   using Tile = SmemTile<T, Traits::kHeadDim>;
-  using Smem = QueryStripSmem<Traits>;
+  using Smem = QueryStripSmem<Traits, kHasAxes>;
   constexpr int kColTiles = Traits::kHeadDimTiles;
   const Smem smem = Smem::of(args);
   const int warp = threadIdx.x / 32, lane = ptx::opaque(threadIdx.x % 32), g = lane / 4, t = lane % 4;
@@ -266,12 +275,17 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
     for (int i = threadIdx.x; i < args.layout.table_entries; i += blockDim.x) table[i] = 0.0f;
   }
   tokens.fill_constants(args, 16 * all_steps + rows);
+  if constexpr (kHasAxes) {
+    smem.axes.tables->fill(args.layout, args.axes.tables, args.head_dim, 1.0f);
+    smem.axes.columns->fill(args.layout, 16 * all_steps);
+    smem.axes.dcolumns->fill(args.layout, 16 * all_steps);
+  }
   __syncthreads();
 
   for (int strip = share.first % args.strip_workers; strip < args.strips; strip += args.strip_workers) {
     const int first = strip * rows;
 #pragma unroll 1
-    for (int j = 0; j < 2 * whole_place.again().steps(); ++j) {
+    for (int j = 0; !kHasAxes && j < 2 * whole_place.again().steps(); ++j) {
       const WarpPlace place = whole_place.again();
       const int row = first + place.row0() + g;
       float bias[4];
@@ -308,6 +322,10 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
       __syncthreads();  // the tokens are known, and the previous window's tiles are free
       copy_long_rows<Traits>(args, {0, 3}, index.batch, head, {smem.q, smem.dout}, tokens.number, first, rows);
       copy_long_rows<Traits>(args, {1, 2}, index.batch, head, {smem.k, smem.v}, tokens.number, 0, 16 * all_steps);
+      if constexpr (kHasAxes) {
+        const uint32_t* const products = args.axes.products + args.first_query(item, head) * kAxisWords;
+        copy_axis_products(products, smem.axes.products, first, rows, num_tokens);
+      }
       ptx::cp_async_commit();
       if constexpr (kCosine) norms.find<T>(args, index.batch, head, tokens.number, capacity);
       float lse2[2];
@@ -336,19 +354,28 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
         }
         RowFragments<T, Traits::kHeadDim> fragments;
         fragments.load(q, place.row0());
+        [[maybe_unused]] AxisBias<Traits> axis_bias;
+        if constexpr (kHasAxes) {
+          axis_bias.load(SmemTile<__nv_bfloat16, 4 * kAxisColumns>{smem.axes.products}, place.row0());
+        }
 #pragma unroll
         for (int step = 0; step < kMostSteps; ++step) {
           if (step >= steps) break;
           const int key = key0 + 16 * step;
           fragments.add_abt(p[step], k, key);
           if constexpr (kCosine) multiply_columns(p[step], norms.k + key);
+          if constexpr (kHasAxes) {
+            axis_bias.add(p[step], factor2[0], *smem.axes.columns, key);
+            if (key + 16 > num_tokens) mask_columns(p[step], num_tokens - key);
+          } else {
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float4 bias = own_bias[32 * (2 * step + j)];
-            p[step][j][0] = fmaf(p[step][j][0], factor2[0], bias.x);
-            p[step][j][1] = fmaf(p[step][j][1], factor2[0], bias.y);
-            p[step][j][2] = fmaf(p[step][j][2], factor2[1], bias.z);
-            p[step][j][3] = fmaf(p[step][j][3], factor2[1], bias.w);
+            for (int j = 0; j < 2; ++j) {
+              const float4 bias = own_bias[32 * (2 * step + j)];
+              p[step][j][0] = fmaf(p[step][j][0], factor2[0], bias.x);
+              p[step][j][1] = fmaf(p[step][j][1], factor2[0], bias.y);
+              p[step][j][2] = fmaf(p[step][j][2], factor2[1], bias.z);
+              p[step][j][3] = fmaf(p[step][j][3], factor2[1], bias.w);
+            }
           }
           if (mixed) {
             if constexpr (kHasNarrowRange<T>) {  // the exponent takes the register of a region
@@ -407,10 +434,12 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
       for (int step = 0; step < kMostSteps; ++step) {
         if (step >= steps) break;
         to_dscores(p[step], dp[step], delta.x);
+        if constexpr (!kHasAxes) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+          for (int j = 0; j < 2; ++j) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) dbias[step][j][e] += p[step][j][e];
+            for (int e = 0; e < 4; ++e) dbias[step][j][e] += p[step][j][e];
+          }
         }
       }
       [[maybe_unused]] int exponent = 0;
@@ -421,6 +450,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
         }
       }
       float dq[kColTiles][4] = {};
+      [[maybe_unused]] float dproducts[4][4] = {};
 #pragma unroll
       for (int step = 0; step < kMostSteps; ++step) {
         if (step >= steps) break;
@@ -430,13 +460,34 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
         uint32_t ds[4];
         pack_fragment<T>(ds, p[step]);
         add_fragment_b<T>(dq, ds, k, key0 + 16 * step);
+        if constexpr (kHasAxes) add_dproducts<T>(dproducts, ds, *smem.axes.dcolumns, key0 + 16 * step);
       }
       if constexpr (kHasNarrowRange<T>) {
         if (exponent != 0) multiply(dq, power_of_two(exponent));
+        if (kHasAxes && exponent != 0) multiply(dproducts, power_of_two(exponent));
       }
       const WarpPlace again = whole_place.again();
       write_matrix(smem.dq + again.group() * rows * Smem::kGradientStride, Smem::kGradientStride, again.row0(), dq);
+      if constexpr (kHasAxes) {
+        constexpr int kStride = Smem::AxisSmem::kStride;
+        write_matrix(smem.axes.dproducts + again.group() * rows * kStride, kStride, again.row0(), dproducts);
+      }
       __syncthreads();
+      [[maybe_unused]] float share_factor = 1.0f;
+      if constexpr (kHasAxes) {
+        float* const share = smem.dq + args.key_groups * rows * Smem::kGradientStride;
+        const int excess = finish_dproducts<Traits>(smem.axes, args.layout, tokens.packed + first, rows,
+                                                    args.key_groups, share, Smem::kGradientStride);
+        if constexpr (kHasNarrowRange<T>) share_factor = power_of_two(excess);
+        if (args.axes.drows != nullptr) {
+          uint32_t* const drows = args.axes.drows + args.first_query(item, head) * (kAxisRows / 2);
+          store_drows(smem.axes.drows, drows, first, rows, num_tokens);
+          if (kHasNarrowRange<T> && threadIdx.x == 0) {
+            args.axes.exponents[(int64_t{item} * args.num_heads + head) * args.strips + strip] = excess;
+          }
+        }
+        __syncthreads();
+      }
 
       // Sum dq over the groups of keys; each thread has eight columns of a row.
       const int chunk = ptx::opaque(threadIdx.x) % Tile::kChunks;
@@ -461,6 +512,11 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
           if (chunk == 0) logit_sum = fmaf(dot, cosine_factor, logit_sum);
           factor = 1.0f;
         }
+        if constexpr (kHasAxes) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) sum[e] = fmaf(sum[e], args.scale, partial[e] * share_factor);
+          factor = 1.0f;
+        }
         uint32_t packed[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) packed[e] = pack2<T>(sum[2 * e] * factor, sum[2 * e + 1] * factor);
@@ -472,22 +528,24 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
       }
     }
 
-    if (args.dense_partials != nullptr) write_strip(args, dbias, whole_place.again(), share, first);
-    if (table == nullptr) continue;
+    if constexpr (!kHasAxes) {
+      if (args.dense_partials != nullptr) write_strip(args, dbias, whole_place.again(), share, first);
+      if (table == nullptr) continue;
 #pragma unroll
-    for (int j = 0; j < 2 * kMostSteps; ++j) {
-      if (j / 2 >= whole_place.steps()) break;
-      const float (&x)[4] = dbias[j / 2][j % 2];
-      smem.fragments[first_fragment + 32 * j] = make_float4(x[0], x[1], x[2], x[3]);
+      for (int j = 0; j < 2 * kMostSteps; ++j) {
+        if (j / 2 >= whole_place.steps()) break;
+        const float (&x)[4] = dbias[j / 2][j % 2];
+        smem.fragments[first_fragment + 32 * j] = make_float4(x[0], x[1], x[2], x[3]);
+      }
+      __syncthreads();
+      add_strip_to_table(table, args, smem, tokens, first);
+      __syncthreads();
     }
-    __syncthreads();
-    add_strip_to_table(table, args, smem, tokens, first);
-    __syncthreads();
   }
   if constexpr (kCosine) write_logit_sum(args, smem.delta, logit_sum, head);
 }
 
-template <class Traits>
+template <class Traits, bool kHasAxes>
 struct KeyBlockSmem {
   using T = typename Traits::T;
   static constexpr int kBlock = 64, kThreads = 128;
@@ -495,22 +553,25 @@ struct KeyBlockSmem {
   alignas(128) T q_dout[2][2][kBlock * Traits::kHeadDim];
   alignas(16) float pad_sums[kThreads / 32][2][Traits::kHeadDim];
 
-  // After this struct: lse and delta of every query, the table, the tokens; for v2 also the norms and a tile of unit
-  // rows of q.
+  // After this struct: with axis_tables two stages of A, then lse and delta of every query, the table, the tokens; for
+  // v2 also the norms and a tile of unit rows of q.
+  static constexpr int kProductsBytes = kHasAxes ? 2 * kBlock * kAxisWords * 4 : 0;
   static int bytes(const BackwardLongArguments& args) {
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
-    return static_cast<int>(sizeof(KeyBlockSmem)) + 8 * capacity + 4 * args.table.floats() +
+    return static_cast<int>(sizeof(KeyBlockSmem)) + kProductsBytes + 8 * capacity + 4 * args.table.floats() +
            LongTokens::bytes(LongTokens::terms_of(args.layout), capacity) +
            (args.logit_scale == nullptr ? 0 : LongNorms::bytes(capacity) + kBlock * Traits::kRowBytes);
   }
 };
 
-template <class Traits, class RowBiasKind, bool kCosine>  // RowBias, NoRowBias or DenseRowBias<false>
+template <class Traits, class RowBiasKind, bool kCosine>  // RowBias, NoRowBias, DenseRowBias<false> or AxisBias
 __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
     window_attention_bwd_keys_kernel(const __grid_constant__ BackwardLongArguments args) {
   using T = typename Traits::T;
   using Tile = SmemTile<T, Traits::kHeadDim>;
-  using Smem = KeyBlockSmem<Traits>;
+  constexpr bool kHasAxes = std::is_same_v<RowBiasKind, AxisBias<Traits>>;
+  using Smem = KeyBlockSmem<Traits, kHasAxes>;
+  using ProductTile = SmemTile<__nv_bfloat16, 4 * kAxisColumns>;
   constexpr int kBlock = Smem::kBlock, kThreads = Smem::kThreads, kColTiles = Traits::kHeadDimTiles;
   Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
   const int row0 = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -518,7 +579,8 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
   const BlockShare share = BlockShare::of(args);
   const int head = share.head;
   const float factor2 = (kCosine ? score_factor(args, head) : args.scale) * kLog2E;
-  float2* const lse2_delta = reinterpret_cast<float2*>(dynamic_smem() + sizeof(Smem));
+  [[maybe_unused]] auto* const products = reinterpret_cast<__nv_bfloat16*>(dynamic_smem() + sizeof(Smem));
+  float2* const lse2_delta = reinterpret_cast<float2*>(dynamic_smem() + sizeof(Smem) + Smem::kProductsBytes);
   float* const table = reinterpret_cast<float*>(lse2_delta + blocks * kBlock);
   const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table + args.table.floats()),
                                            LongTokens::terms_of(args.layout), blocks * kBlock);
@@ -527,6 +589,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
   [[maybe_unused]] T* const unit_q = reinterpret_cast<T*>(norms.k + blocks * kBlock);
   const auto copies = LongCopies<Tile, kThreads, kBlock>::of(args);
   const auto lane_offsets = LaneOffsets<Tile>::of();
+  [[maybe_unused]] const auto product_offsets = LaneOffsets<ProductTile>::of();
 
   fill_with_zeros<kThreads>(smem.pad_sums, sizeof(smem.pad_sums));
   for (int i = threadIdx.x; i < blocks * kBlock; i += kThreads) lse2_delta[i] = make_float2(INFINITY, 0.0f);
@@ -554,6 +617,10 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
     const auto copy_queries = [&](int to_stage, int block) {
       copies.start(args, {0, 3}, head, q_base, {smem.q_dout[to_stage][0], smem.q_dout[to_stage][1]}, tokens.number,
                    block * kBlock);
+      if constexpr (kHasAxes) {
+        copy_axis_products(args.axes.products + first_query * kAxisWords, products + to_stage * kBlock * 2 * kAxisWords,
+                           block * kBlock, kBlock, num_tokens);
+      }
     };
     copy_queries(stage, 0);
     if constexpr (kCosine) norms.find<T>(args, index.batch, head, tokens.number, blocks * kBlock);
@@ -571,7 +638,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
         ptx::cp_async_commit();
       }
       RowFragments<T, Traits::kHeadDim> k, v;
-      RowBiasKind bias;
+      RowBiasKind bias;  // with axis_tables, the keys' columns
       int32_t row_region[2];
       float factors[2] = {factor2, factor2};  // of the scores of this thread's two rows
       float dk[kColTiles][4] = {}, dv[kColTiles][4] = {};
@@ -593,15 +660,18 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // A key past the window has the last key's bias: its sums are never read.
-            bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
+            if constexpr (!kHasAxes) bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
             if constexpr (kCosine) factors[half] = factor2 * norms.k[row + 8 * half];
           }
+          if constexpr (kHasAxes) key_fragments(bias, tokens.packed + first + row0);
         }
         if constexpr (kCosine) {
           copy_unit_rows(Tile{smem.q_dout[stage][0]}, Tile{unit_q}, kBlock, norms.q + query_block * kBlock);
           __syncthreads();
         }
+        [[maybe_unused]] const LocatedTile<ProductTile> axis_products{products + stage * kBlock * 2 * kAxisWords,
+                                                                      product_offsets};
         const LocatedTile<Tile> q{smem.q_dout[stage][0], lane_offsets}, dout{smem.q_dout[stage][1], lane_offsets};
         stage ^= 1;
         if (!has_rows) continue;
@@ -612,7 +682,17 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           float p[2][4] = {}, ds[2][4] = {};
           k.add_abt(p, q, 16 * step);
           if constexpr (kCosine) multiply_columns(p, norms.q + query);
-          bias.add(p, factors, args.table.has_pairs, query, tokens.offset + query);
+          if constexpr (kHasAxes) {
+            float axis_bias[2][4] = {};
+            bias.add_abt(axis_bias, axis_products, 16 * step);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) p[j][e] = fmaf(p[j][e], factor2, axis_bias[j][e]);
+            }
+          } else {
+            bias.add(p, factors, args.table.has_pairs, query, tokens.offset + query);
+          }
           if (mixed) mask_regions(p, row_region, tokens.region + query, args.mask2);
           v.add_abt(ds, dout, 16 * step);
 #pragma unroll

@@ -27,6 +27,16 @@ inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_
          !pairs[1] && !pairs[2] && params.dropout_p == 0.0f && params.head_dim * element_bytes % 16 == 0;
 }
 
+// Returns true if there are kernels for a call with axis_tables, except for its maps, which make_long() checks.
+inline bool takes_axis_tables(const WindowAttentionForwardParams& params) {
+  const WindowGeometry& geometry = params.geometry;
+  return params.dtype != DType::kFloat32 && geometry.window[0] == 1 && params.axis_rows[0] == 0 &&
+         params.axis_rows[1] == 2 * geometry.window[1] - 1 && params.axis_rows[2] == 2 * geometry.window[2] - 1 &&
+         geometry.window[1] <= kMaxAxisTablesWindow && geometry.window[2] <= kMaxAxisTablesWindow &&
+         params.head_dim <= kMaxAxisTablesHeadDim && params.bias_table == nullptr && params.bias == nullptr &&
+         params.logit_scale == nullptr && is_plain(params, 2);
+}
+
 // Calls f(Traits, is_long) with the smallest tiles into which the head_dim and the window fit. Rows of up to 128 bytes
 // are processed in blocks of 64; wider rows, and accumulators of more than 64 columns, in blocks of 32. There is a
 // kernel with 7 tiles, because windows of 49 tokens, which fit into 56 columns, are common.

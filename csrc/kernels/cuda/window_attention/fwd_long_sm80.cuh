@@ -1,4 +1,5 @@
-// Window attention forward for long windows of the plain kind (long_windows.cuh). Other long windows use fwd_sm80.cuh.
+// Window attention forward for long windows of the plain kind (long_windows.cuh), and for windows of any length with
+// axis_tables (axis_tables.cuh). Other long windows use fwd_sm80.cuh.
 //
 // Maths     As in fwd_sm80.cuh and, for v2, cosine.cuh. In bfloat16, scores are not shifted by their maximum:
 //           probabilities have float's exponents, so exp2 of a score in base 2 is accurate enough from 2^-126 to 2^127.
@@ -15,6 +16,7 @@
 
 #include <type_traits>
 
+#include "axis_tables.cuh"
 #include "fwd_sm80.cuh"
 #include "half_range.cuh"
 #include "long_windows.cuh"
@@ -26,9 +28,10 @@ struct ForwardLongArguments : LongArguments<4> {
   uint32_t splits;  // items of a window; each has row_blocks of the window's blocks of queries
   uint32_t row_blocks;
   uint32_t long_items;  // items of a unit
+  const float* axis_tables;
 };
 
-template <class Traits>
+template <class Traits, bool kHasAxes>
 struct PlainForwardLongSmem {
   using T = typename Traits::T;
   static constexpr int kBlock = 64, kThreads = 128;
@@ -37,12 +40,18 @@ struct PlainForwardLongSmem {
   alignas(128) T kv[2][2][kBlock * Traits::kHeadDim];
   alignas(16) int32_t out_of_range[kThreads / 32];
 
-  // After this struct: the table, the tokens, then the norms of v2.
+  // After this struct: the table, or AxisTables and ScoreColumns, then the tokens, then the norms of v2.
   static int bytes(const LongArguments<4>& args) {
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
-    return static_cast<int>(sizeof(PlainForwardLongSmem)) + 4 * args.table.floats() +
+    return static_cast<int>(sizeof(PlainForwardLongSmem)) + bias_bytes(args, capacity) +
            LongTokens::bytes(LongTokens::terms_of(args.layout), capacity) +
            (args.logit_scale == nullptr ? 0 : LongNorms::bytes(capacity));
+  }
+  __host__ __device__ static int bias_bytes(const LongArguments<4>& args, int capacity) {
+    if constexpr (kHasAxes) {
+      return static_cast<int>(sizeof(AxisTables<Traits>)) + ScoreColumns::bytes(capacity);
+    }
+    return 4 * args.table.floats();
   }
 };
 
@@ -50,15 +59,19 @@ struct PlainForwardLongSmem {
 template <class Traits, class RowBiasKind>
 constexpr int plain_forward_long_blocks() {
   if (Traits::kHeadDim <= 32) return 4;
-  return ptx::kIsBlackwell && std::is_same_v<RowBiasKind, DenseRowBias<true>> ? 2 : 3;
+  constexpr bool kIsLarge =
+      std::is_same_v<RowBiasKind, DenseRowBias<true>> || std::is_same_v<RowBiasKind, AxisBias<Traits>>;
+  return ptx::kIsBlackwell && kIsLarge ? 2 : 3;
 }
 
-template <class Traits, class RowBiasKind, bool kCosine>  // RowBias, NoRowBias or DenseRowBias<true>
+template <class Traits, class RowBiasKind, bool kCosine>  // RowBias, NoRowBias, DenseRowBias<true> or AxisBias
 __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBiasKind>())
     window_attention_fwd_plain_long_kernel(const __grid_constant__ ForwardLongArguments args) {
   using T = typename Traits::T;
   using Tile = SmemTile<T, Traits::kHeadDim>;
-  using Smem = PlainForwardLongSmem<Traits>;
+  // With axis_tables, registers are scarce, so some values are recomputed wherever they are used.
+  constexpr bool kHasAxes = std::is_same_v<RowBiasKind, AxisBias<Traits>>;
+  using Smem = PlainForwardLongSmem<Traits, kHasAxes>;
   constexpr int kBlock = Smem::kBlock, kThreads = Smem::kThreads, kColTiles = Traits::kHeadDimTiles;
   constexpr bool kMaximumAlwaysRuns = kHasNarrowRange<T>;
   constexpr float kSlack = 8.0f, kLargestSum = 0x1p64f, kSmallestSum = 0x1p-64f;
@@ -69,18 +82,26 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
   const int head = share.head;
   const float factor2 = (kCosine ? score_factor(args, head) : args.scale) * kLog2E;
   float* const table = reinterpret_cast<float*>(dynamic_smem() + sizeof(Smem));
-  const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table + args.table.floats()),
+  const int bias_bytes = Smem::bias_bytes(args, blocks * kBlock);
+  const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table) + bias_bytes,
                                            LongTokens::terms_of(args.layout), blocks * kBlock);
   [[maybe_unused]] const LongNorms norms =
       LongNorms::of(reinterpret_cast<unsigned char*>(tokens.offset + blocks * kBlock), blocks * kBlock);
+  [[maybe_unused]] auto& axis_tables = *reinterpret_cast<AxisTables<Traits>*>(table);
+  [[maybe_unused]] auto& columns = *reinterpret_cast<ScoreColumns*>(&axis_tables + 1);
   const auto copies = LongCopies<Tile, kThreads, kBlock>::of(args);
   const auto lane_offsets = LaneOffsets<Tile>::of();
 
   tokens.fill_constants(args, blocks * kBlock);
-  stage_table<true>(args, head, table);
+  if constexpr (kHasAxes) {
+    axis_tables.fill(args.layout, args.axis_tables, args.head_dim, kLog2E);
+    columns.fill(args.layout, blocks * kBlock);
+  } else {
+    stage_table<true>(args, head, table);
+  }
 
   int stage = 0;
-  for (uint32_t item = share.first; item < args.long_items; item += share.step) {
+  for (uint32_t item = share.first; item < args.long_items; item += kHasAxes ? BlockShare::of(args).step : share.step) {
     const uint32_t window = item / args.splits;
     const int first_block = (item - window * args.splits) * args.row_blocks;
     const int end_block = min(blocks, first_block + static_cast<int>(args.row_blocks));
@@ -90,22 +111,42 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
     __syncthreads();
     const bool mixed = tokens.find_tokens(args, index);
     __syncthreads();
-    const uint64_t q_base[1] = {chunk_base(args.regular[0], index.batch, head, copies.chunk)};
-    const uint64_t kv_base[2] = {chunk_base(args.regular[1], index.batch, head, copies.chunk),
-                                 chunk_base(args.regular[2], index.batch, head, copies.chunk)};
+    const auto base_of = [&](int map, uint32_t batch) {
+      return chunk_base(args.regular[map], batch, head, copies.chunk);
+    };
+    const uint64_t q_base[1] = {base_of(0, index.batch)};
+    const uint64_t kv_base[2] = {base_of(1, index.batch), base_of(2, index.batch)};
     const auto copy_queries = [&](int block) {
-      copies.start(args, {0}, head, q_base, {smem.q}, tokens.number, block * kBlock);
+      const auto start = [&](const uint64_t (&base)[1]) {
+        copies.start(args, {0}, head, base, {smem.q}, tokens.number, block * kBlock);
+      };
+      if constexpr (kHasAxes) {
+        start({base_of(0, ptx::opaque(index.batch))});
+      } else {
+        start(q_base);
+      }
     };
     const auto copy_keys = [&](int to_stage, int block) {
-      copies.start(args, {1, 2}, head, kv_base, {smem.kv[to_stage][0], smem.kv[to_stage][1]}, tokens.number,
-                   block * kBlock);
+      const auto start = [&](const uint64_t (&base)[2]) {
+        copies.start(args, {1, 2}, head, base, {smem.kv[to_stage][0], smem.kv[to_stage][1]}, tokens.number,
+                     block * kBlock);
+      };
+      if constexpr (kHasAxes) {
+        const uint32_t batch = ptx::opaque(index.batch);
+        start({base_of(1, batch), base_of(2, batch)});
+      } else {
+        start(kv_base);
+      }
     };
     copy_queries(first_block);
     copy_keys(stage, 0);
     ptx::cp_async_commit();
     if constexpr (kCosine) norms.find<T>(args, index.batch, head, tokens.number, blocks * kBlock);
 
-    float* const lse = args.lse == nullptr ? nullptr : args.lse + args.first_query(window, head);
+    const auto find_lse = [&](uint32_t of) {
+      return args.lse == nullptr ? nullptr : args.lse + args.first_query(of, head);
+    };
+    float* lse = find_lse(window);
 #pragma unroll 1
     for (int block = first_block; block < end_block; ++block) {
       const int first = block * kBlock, row = first + row0 + g;
@@ -134,9 +175,20 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // A query past the window has the last query's bias: its scores are never read.
-            bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
+            if constexpr (!kHasAxes) bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
             if constexpr (kCosine) factor[half] = factor2 * norms.q[row + 8 * half];
+          }
+          if constexpr (kHasAxes) {
+            // The warp's rows of q are free, and so are those of out until the last key.
+            static_assert(8 * RowBiasKind::kStride * sizeof(float) <= 16 * Traits::kHeadDim * sizeof(T));
+            const int own_row0 = ptx::opaque(row0);
+            float* const first_rows = reinterpret_cast<float*>(smem.q + own_row0 * Traits::kHeadDim);
+            float* const last_rows = reinterpret_cast<float*>(smem.out + own_row0 * Traits::kHeadDim);
+            if (has_rows) {
+              bias.set(q, args.layout, axis_tables, tokens.packed + first + own_row0, first_rows, last_rows);
+              bias.store_low(LocatedTile<Tile>{smem.out, lane_offsets}, row0);
+            }
           }
         }
         const LocatedTile<Tile> k{smem.kv[stage][0], lane_offsets}, v{smem.kv[stage][1], lane_offsets};
@@ -149,8 +201,19 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
             float score[2][4] = {};
             q.add_abt(score, k, 16 * step);
             if constexpr (kCosine) multiply_columns(score, norms.k + key);
-            bias.add(score, factor, args.table.has_pairs, key, tokens.offset + key);
-            if (mixed) mask_regions(score, row_region, tokens.region + key, args.mask2);
+            if constexpr (kHasAxes) {
+              bias.load_low(Tile{smem.out}, ptx::opaque(threadIdx.x) / 32 * 16);  // because registers are scarce
+              bias.add(score, factor2, columns, key);
+            } else {
+              bias.add(score, factor, args.table.has_pairs, key, tokens.offset + key);
+            }
+            if (mixed) {
+              if constexpr (kHasAxes) {  // registers are scarce
+                row_region[0] = tokens.region[row];
+                row_region[1] = tokens.region[row + 8];
+              }
+              mask_regions(score, row_region, tokens.region + key, args.mask2);
+            }
             if (key + 16 > num_tokens) mask_columns(score, num_tokens - key);
             if (maximum_runs) {
               float largest[2];
@@ -232,6 +295,7 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
         }
       }
       if (has_rows) {
+        if constexpr (kHasAxes) lse = find_lse(ptx::opaque(window));
         if (t == 0 && lse != nullptr) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {

@@ -78,12 +78,14 @@ cudaError_t launch_long_backward(BackwardArguments& args, ReducePartialsArgument
   return launch(bias_kernel, dim3(bias_plan.blocks), dim3(Traits::kThreads), kBiasSmemBytes, stream, args, blocks);
 }
 
-// Launches the plain kernels for windows of more than one block of keys, if they support the call and the device has
-// enough shared memory; sets `taken` accordingly. Defined in launch_long_bwd.cuh, and instantiated by the files
-// bwd_long_*.cu of instantiations/.
-template <class Traits>
-cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsArguments& reduction,
-                                       WorkspaceArena& arena, bool measure, cudaStream_t stream, bool& taken);
+// Launches the plain kernels for windows of more than one block of keys or, with axis_tables, of any length, if they
+// support the call and the device has enough shared memory; sets `taken` accordingly. axis_tables is null unless
+// kHasAxes. Defined in launch_long_bwd.cuh, and instantiated by the files bwd_long_*.cu and bwd_axis_*.cu of
+// instantiations/.
+template <class Traits, bool kHasAxes = false>
+cudaError_t launch_plain_long_backward(BackwardArguments& args, const float* axis_tables,
+                                       ReducePartialsArguments& reduction, WorkspaceArena& arena, bool measure,
+                                       cudaStream_t stream, bool& taken);
 
 // Compiled in bwd_float.cu only, though other policies call it.
 extern template cudaError_t launch_backward<FloatProduct>(const WindowAttentionBackwardParams&, cudaStream_t, int64_t*);
@@ -104,6 +106,8 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
   reduction.dbias = params.dbias;
   reduction.dpad_qkv = params.dpad_qkv;
   reduction.dlogit_scale = params.dlogit_scale;
+  reduction.daxis_tables = params.daxis_tables;
+  for (const int32_t rows : forward.axis_rows) reduction.axis_entries += rows * args.head_dim;
   reduction.layout = args.layout;
   reduction.num_heads = args.num_heads;
   reduction.head_dim = args.head_dim;
@@ -128,7 +132,8 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
       if constexpr (kHasPlainLong<Traits>) {
         bool taken = false;
         if (is_plain(forward, sizeof(typename Traits::T))) {
-          const cudaError_t status = launch_plain_long_backward<Traits>(args, reduction, arena, measure, stream, taken);
+          const cudaError_t status =
+              launch_plain_long_backward<Traits>(args, nullptr, reduction, arena, measure, stream, taken);
           if (taken || status != cudaSuccess) return status;
         }
       }
@@ -140,7 +145,15 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
   };
   cudaError_t status;
   Short16BackwardArguments short16 = {args};
-  if (is_short16(forward) && short16.set(params)) {
+  if (forward.axis_tables != nullptr) {
+    status = cudaErrorInvalidValue;
+    if constexpr (sizeof(typename Product::T) == 2) {
+      bool taken = false;
+      const cudaError_t launched = launch_plain_long_backward<WindowAttentionTraits<Product, 64, 8>, true>(
+          args, forward.axis_tables, reduction, arena, measure, stream, taken);
+      if (taken || launched != cudaSuccess) status = launched;
+    }
+  } else if (is_short16(forward) && short16.set(params)) {
     status = dispatch_short16<Product>(forward, [&](auto traits) {
       using Traits = decltype(traits);
       return launch_short_backward<Traits>(window_attention_bwd_short16_kernel<Traits>,

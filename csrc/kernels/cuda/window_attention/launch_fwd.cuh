@@ -18,11 +18,13 @@ cudaError_t launch_over_windows(void (*kernel)(Arguments), int threads, size_t s
   return launch(kernel, dim3(plan.blocks), dim3(threads), smem_bytes, stream, args);
 }
 
-// Launches the plain kernel for windows of more than one block of keys, if it supports the call and the device has
-// enough shared memory; sets `taken` accordingly. Defined in launch_long_fwd.cuh, and instantiated by the files
-// fwd_long_*.cu of instantiations/.
-template <class Traits>
-cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t stream, bool& taken);
+// Launches the plain kernel for windows of more than one block of keys or, with axis_tables, of any length, if it
+// supports the call and the device has enough shared memory; sets `taken` accordingly. axis_tables is null unless
+// kHasAxes. Defined in launch_long_fwd.cuh, and instantiated by the files fwd_long_*.cu and fwd_axis_*.cu of
+// instantiations/.
+template <class Traits, bool kHasAxes = false>
+cudaError_t launch_plain_long_forward(const ForwardArguments& args, const float* axis_tables, cudaStream_t stream,
+                                      bool& taken);
 
 template <class Product>
 cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStream_t stream) {
@@ -31,6 +33,15 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
   args.maps[3] = MapAddress::of(params.out, args.element_bytes());
   args.lse = params.lse;
   if (args.num_windows == 0) return cudaSuccess;
+  if (params.axis_tables != nullptr) {
+    if constexpr (sizeof(typename Product::T) == 2) {
+      bool taken = false;
+      const cudaError_t status = launch_plain_long_forward<WindowAttentionTraits<Product, 64, 8>, true>(
+          args, params.axis_tables, stream, taken);
+      if (taken || status != cudaSuccess) return status;
+    }
+    return cudaErrorInvalidValue;
+  }
   Short16ForwardArguments short16 = {args};
   if (is_short16(params) && short16.set(params)) {
     return dispatch_short16<Product>(params, [&](auto traits) {
@@ -45,7 +56,7 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
       if constexpr (kHasPlainLong<Traits>) {
         bool taken = false;
         if (is_plain(params, sizeof(typename Traits::T))) {
-          const cudaError_t status = launch_plain_long_forward<Traits>(args, stream, taken);
+          const cudaError_t status = launch_plain_long_forward<Traits>(args, nullptr, stream, taken);
           if (taken || status != cudaSuccess) return status;
         }
       }

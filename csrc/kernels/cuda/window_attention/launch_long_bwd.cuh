@@ -1,26 +1,94 @@
-// The backward launches for plain long windows (long_windows.cuh); one .cu file per dtype instantiates them.
+// The backward launches for plain long windows (long_windows.cuh); two .cu files per dtype instantiate them.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "bwd_long_sm80.cuh"
 #include "launch_bwd.cuh"
 
 namespace swinkernels::cuda {
 
+// The launches of the kernels that only calls with axis_tables have.
 template <class Traits>
-cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsArguments& reduction,
-                                       WorkspaceArena& arena, bool measure, cudaStream_t stream, bool& taken) {
-  using StripSmem = QueryStripSmem<Traits>;
-  using BlockSmem = KeyBlockSmem<Traits>;
+struct AxisLaunches {
+  using First = AxisProductsSmem<Traits>;
+  using Last = AxisSumsSmem<Traits>;
+  GridPlan first_plan, last_plan;
+
+  static auto first_kernel() { return window_attention_bwd_axis_products_kernel<Traits, BackwardLongArguments>; }
+  static auto last_kernel() { return window_attention_bwd_axis_tables_kernel<Traits, BackwardLongArguments>; }
+
+  // Plans the grids and takes memory, in whole multiples of 16 bytes as the kernels copy rows of it.
+  cudaError_t prepare(BackwardLongArguments& args, ReducePartialsArguments& reduction, WorkspaceArena& arena,
+                      const float* tables) {
+    const int64_t heads = int64_t{args.num_windows} * args.num_heads, queries = heads * args.num_tokens;
+    int64_t resident;
+    cudaError_t status = resident_blocks(first_kernel(), First::kThreads, First::bytes(args), &resident);
+    if (status != cudaSuccess) return status;
+    first_plan = plan_grid(args.items, args.units(), resident);
+    args.axes.tables = tables;
+    args.axes.products = reinterpret_cast<uint32_t*>(arena.take(queries * kAxisWords));
+    if (reduction.daxis_tables == nullptr) return cudaSuccess;
+    status = resident_blocks(last_kernel(), Last::kThreads, Last::bytes(args), &resident);
+    if (status != cudaSuccess) return status;
+    last_plan = plan_grid(args.items, args.units(), resident);
+    args.axes.drows = reinterpret_cast<uint32_t*>(arena.take(queries * (kAxisRows / 2)));
+    args.axes.partials = arena.take(int64_t{last_plan.blocks} * axis_rows(args.layout) * args.head_dim);
+    if (kHasNarrowRange<typename Traits::T>) {
+      args.axes.exponents = reinterpret_cast<int32_t*>(arena.take(heads * args.strips));
+    }
+    reduction.axis_partials = args.axes.partials;
+    reduction.axis_workers = last_plan.blocks;
+    return cudaSuccess;
+  }
+
+  cudaError_t launch_first(const BackwardLongArguments& args, cudaStream_t stream) const {
+    return launch(first_kernel(), dim3(first_plan.blocks), dim3(First::kThreads), First::bytes(args), stream, args);
+  }
+  cudaError_t launch_last(const BackwardLongArguments& args, cudaStream_t stream) const {
+    if (args.axes.partials == nullptr) return cudaSuccess;
+    return launch(last_kernel(), dim3(last_plan.blocks), dim3(Last::kThreads), Last::bytes(args), stream, args);
+  }
+};
+
+struct BackwardLongKernels {
+  void (*queries)(BackwardLongArguments);
+  void (*keys)(BackwardLongArguments);
+};
+
+template <class Traits, bool kHasAxes>
+BackwardLongKernels plain_long_backward_kernels(const BackwardArguments& args) {
+  if constexpr (kHasAxes) {
+    return {window_attention_bwd_queries_kernel<Traits, false, true>,
+            window_attention_bwd_keys_kernel<Traits, AxisBias<Traits>, false>};
+  } else {
+    if (args.logit_scale != nullptr) {  // without a bias, v2 reads a table of zeros
+      return {window_attention_bwd_queries_kernel<Traits, true, false>,
+              window_attention_bwd_keys_kernel<Traits, RowBias, true>};
+    }
+    const auto keys = args.dense_bias != nullptr ? window_attention_bwd_keys_kernel<Traits, DenseRowBias<false>, false>
+                      : args.bias_table != nullptr ? window_attention_bwd_keys_kernel<Traits, RowBias, false>
+                                                   : window_attention_bwd_keys_kernel<Traits, NoRowBias, false>;
+    return {window_attention_bwd_queries_kernel<Traits, false, false>, keys};
+  }
+}
+
+template <class Traits, bool kHasAxes>
+cudaError_t launch_plain_long_backward(BackwardArguments& args, const float* axis_tables,
+                                       ReducePartialsArguments& reduction, WorkspaceArena& arena, bool measure,
+                                       cudaStream_t stream, bool& taken) {
+  using StripSmem = QueryStripSmem<Traits, kHasAxes>;
+  using BlockSmem = KeyBlockSmem<Traits, kHasAxes>;
   BackwardLongArguments plain = {};
   static_cast<WindowArguments<7>&>(plain) = args;
   taken = false;
-  const bool is_cosine = args.logit_scale != nullptr;
-  const int most_warps = is_cosine ? kMostQueryWarps<Traits, true> : kMostQueryWarps<Traits, false>;
+  const int most_warps = args.logit_scale != nullptr ? kMostQueryWarps<Traits, true> : kMostQueryWarps<Traits, false>;
   const int32_t row_tiles = (args.num_tokens + 15) / 16;
   plain.key_groups = (row_tiles + kMostSteps - 1) / kMostSteps;
+  if (kHasAxes && row_tiles < 3) plain.key_groups = 3;  // a block needs three warps to find its tokens
   if (!make_long(plain)) return cudaSuccess;
+  if (kHasAxes) plain.table = {};  // no bias table
   int shared_bytes;
   cudaError_t status = shared_bytes_of_block(&shared_bytes);
   if (status != cudaSuccess) return status;
@@ -34,14 +102,7 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   plain.row_tiles = (row_tiles + plain.strips - 1) / plain.strips;
 
   const size_t strip_bytes = StripSmem::bytes(plain), block_bytes = BlockSmem::bytes(plain);
-  const auto query_kernel = is_cosine ? window_attention_bwd_queries_kernel<Traits, true>
-                                      : window_attention_bwd_queries_kernel<Traits, false>;
-  // v2 without a bias reads a table of zeros.
-  const auto key_kernel = is_cosine ? window_attention_bwd_keys_kernel<Traits, RowBias, true>
-                          : args.dense_bias != nullptr
-                              ? window_attention_bwd_keys_kernel<Traits, DenseRowBias<false>, false>
-                          : args.bias_table != nullptr ? window_attention_bwd_keys_kernel<Traits, RowBias, false>
-                                                       : window_attention_bwd_keys_kernel<Traits, NoRowBias, false>;
+  const auto [query_kernel, key_kernel] = plain_long_backward_kernels<Traits, kHasAxes>(args);
   const int query_threads = 32 * plain.key_groups * plain.row_tiles;
   int64_t query_blocks, resident;
   status = resident_blocks(query_kernel, query_threads, strip_bytes, &query_blocks);
@@ -74,6 +135,11 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   reduction.workers = key_plan.workers;
 
   plain.lse = args.lse;
+  [[maybe_unused]] std::conditional_t<kHasAxes, AxisLaunches<Traits>, bool> axes = {};
+  if constexpr (kHasAxes) {
+    status = axes.prepare(plain, reduction, arena, axis_tables);
+    if (status != cudaSuccess) return status;
+  }
   plain.delta = arena.take(int64_t{args.num_windows} * args.num_heads * args.num_tokens);
   plain.table_partials =
       arena.take(int64_t{query_plan.blocks} * (reduction.dbias_table == nullptr ? 0 : args.layout.table_entries));
@@ -85,9 +151,17 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   args.dense_partials = plain.dense_partials;
   args.logit_partials = plain.logit_partials;
   args.pad_partials = plain.pad_partials;
+  if constexpr (kHasAxes) {
+    status = axes.launch_first(plain, stream);
+    if (status != cudaSuccess) return status;
+  }
   status = launch(query_kernel, dim3(query_plan.blocks), dim3(query_threads), strip_bytes, stream, plain);
   if (status != cudaSuccess) return status;
-  return launch(key_kernel, dim3(key_plan.blocks), dim3(BlockSmem::kThreads), block_bytes, stream, plain);
+  status = launch(key_kernel, dim3(key_plan.blocks), dim3(BlockSmem::kThreads), block_bytes, stream, plain);
+  if constexpr (kHasAxes) {
+    if (status == cudaSuccess) status = axes.launch_last(plain, stream);
+  }
+  return status;
 }
 
 }  // namespace swinkernels::cuda

@@ -1,4 +1,4 @@
-// The forward launch for plain long windows (long_windows.cuh); one .cu file per dtype instantiates it.
+// The forward launch for plain long windows (long_windows.cuh); two .cu files per dtype instantiate it.
 #pragma once
 
 #include "fwd_long_sm80.cuh"
@@ -6,20 +6,31 @@
 
 namespace swinkernels::cuda {
 
-template <class Traits>
-cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t stream, bool& taken) {
-  using Smem = PlainForwardLongSmem<Traits>;
+template <class Traits, bool kHasAxes>
+auto plain_long_forward_kernel(const ForwardArguments& args) {
+  if constexpr (kHasAxes) {
+    return window_attention_fwd_plain_long_kernel<Traits, AxisBias<Traits>, false>;
+  } else {
+    // v2 without a bias reads a table of zeros.
+    return args.logit_scale != nullptr  ? window_attention_fwd_plain_long_kernel<Traits, RowBias, true>
+           : args.dense_bias != nullptr ? window_attention_fwd_plain_long_kernel<Traits, DenseRowBias<true>, false>
+           : args.bias_table != nullptr ? window_attention_fwd_plain_long_kernel<Traits, RowBias, false>
+                                        : window_attention_fwd_plain_long_kernel<Traits, NoRowBias, false>;
+  }
+}
+
+template <class Traits, bool kHasAxes>
+cudaError_t launch_plain_long_forward(const ForwardArguments& args, const float* axis_tables, cudaStream_t stream,
+                                      bool& taken) {
+  using Smem = PlainForwardLongSmem<Traits, kHasAxes>;
   ForwardLongArguments plain = {};
   static_cast<WindowArguments<4>&>(plain) = args;
   plain.lse = args.lse;
+  plain.axis_tables = axis_tables;
   taken = false;
   if (!make_long(plain)) return cudaSuccess;
-  // v2 without a bias reads a table of zeros.
-  const auto kernel = args.logit_scale != nullptr ? window_attention_fwd_plain_long_kernel<Traits, RowBias, true>
-                      : args.dense_bias != nullptr
-                          ? window_attention_fwd_plain_long_kernel<Traits, DenseRowBias<true>, false>
-                      : args.bias_table != nullptr ? window_attention_fwd_plain_long_kernel<Traits, RowBias, false>
-                                                   : window_attention_fwd_plain_long_kernel<Traits, NoRowBias, false>;
+  if (kHasAxes) plain.table = {};  // no bias table
+  const auto kernel = plain_long_forward_kernel<Traits, kHasAxes>(args);
   const size_t smem_bytes = Smem::bytes(plain);
   int shared_bytes;
   cudaError_t status = shared_bytes_of_block(&shared_bytes);

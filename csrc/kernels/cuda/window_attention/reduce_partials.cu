@@ -25,16 +25,17 @@ struct Output {
 
 // The numbers of outputs of reduce_partials_kernel, in order.
 struct OutputCounts {
-  int64_t table, dense, pad, logit;
+  int64_t table, dense, pad, logit, axis;
 
   __host__ __device__ static OutputCounts of(const ReducePartialsArguments& args) {
     const int64_t heads = args.num_heads, units = heads * args.bias_types;
     const int64_t pairs = int64_t{args.num_tokens} * args.num_tokens;
     const bool has_table = args.dbias_table != nullptr && args.dense_partials == nullptr;
     return {has_table ? units * args.layout.table_entries : 0, args.dbias == nullptr ? 0 : units * pairs,
-            args.dpad_qkv == nullptr ? 0 : 3 * heads * args.head_dim, args.dlogit_scale == nullptr ? 0 : heads};
+            args.dpad_qkv == nullptr ? 0 : 3 * heads * args.head_dim, args.dlogit_scale == nullptr ? 0 : heads,
+            args.daxis_tables == nullptr ? 0 : args.axis_entries};
   }
-  __host__ __device__ int64_t all() const { return table + dense + pad + logit; }
+  __host__ __device__ int64_t all() const { return table + dense + pad + logit + axis; }
 };
 
 __device__ Output find_output(const ReducePartialsArguments& args, int64_t output) {
@@ -64,6 +65,10 @@ __device__ Output find_output(const ReducePartialsArguments& args, int64_t outpu
   output -= counts.pad;
   if (output < counts.logit) {
     return {args.logit_partials + output, heads, args.logit_workers * args.bias_types, args.dlogit_scale + output};
+  }
+  output -= counts.logit;
+  if (output < counts.axis) {
+    return {args.axis_partials + output, counts.axis, args.axis_workers, args.daxis_tables + output};
   }
   return {};
 }

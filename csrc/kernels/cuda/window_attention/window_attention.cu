@@ -9,7 +9,7 @@ namespace {
 
 bool supported(const WindowAttentionForwardParams& params) {
   const WindowGeometry& geometry = params.geometry;
-  if (params.axis_tables != nullptr) return false;
+  if (params.axis_tables != nullptr && !takes_axis_tables(params)) return false;
   int64_t num_tokens = 1, table_tokens = 1, table_entries = 1, windows = params.batch;
   for (int axis = 0; axis < 3; ++axis) {
     if (geometry.window[axis] < 1 || geometry.size[axis] < 1 || geometry.table_window[axis] < 1) return false;

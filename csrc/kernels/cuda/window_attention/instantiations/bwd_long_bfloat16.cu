@@ -2,9 +2,9 @@
 
 namespace swinkernels::cuda {
 template cudaError_t launch_plain_long_backward<WindowAttentionTraits<HalfPrecisionProduct<__nv_bfloat16>, 16, 8>>(
-    BackwardArguments&, ReducePartialsArguments&, WorkspaceArena&, bool, cudaStream_t, bool&);
+    BackwardArguments&, const float*, ReducePartialsArguments&, WorkspaceArena&, bool, cudaStream_t, bool&);
 template cudaError_t launch_plain_long_backward<WindowAttentionTraits<HalfPrecisionProduct<__nv_bfloat16>, 32, 8>>(
-    BackwardArguments&, ReducePartialsArguments&, WorkspaceArena&, bool, cudaStream_t, bool&);
+    BackwardArguments&, const float*, ReducePartialsArguments&, WorkspaceArena&, bool, cudaStream_t, bool&);
 template cudaError_t launch_plain_long_backward<WindowAttentionTraits<HalfPrecisionProduct<__nv_bfloat16>, 64, 8>>(
-    BackwardArguments&, ReducePartialsArguments&, WorkspaceArena&, bool, cudaStream_t, bool&);
+    BackwardArguments&, const float*, ReducePartialsArguments&, WorkspaceArena&, bool, cudaStream_t, bool&);
 }  // namespace swinkernels::cuda

@@ -2,9 +2,9 @@
 
 namespace swinkernels::cuda {
 template cudaError_t launch_plain_long_forward<WindowAttentionTraits<HalfPrecisionProduct<__nv_bfloat16>, 16, 8>>(
-    const ForwardArguments&, cudaStream_t, bool&);
+    const ForwardArguments&, const float*, cudaStream_t, bool&);
 template cudaError_t launch_plain_long_forward<WindowAttentionTraits<HalfPrecisionProduct<__nv_bfloat16>, 32, 8>>(
-    const ForwardArguments&, cudaStream_t, bool&);
+    const ForwardArguments&, const float*, cudaStream_t, bool&);
 template cudaError_t launch_plain_long_forward<WindowAttentionTraits<HalfPrecisionProduct<__nv_bfloat16>, 64, 8>>(
-    const ForwardArguments&, cudaStream_t, bool&);
+    const ForwardArguments&, const float*, cudaStream_t, bool&);
 }  // namespace swinkernels::cuda
