@@ -135,8 +135,8 @@ def check(call, error, *words):
         ({"pad_qkv": 0}, TypeError, "int", "tensor"),
         ({"pad_qkv": meta.expand(24)}, ValueError, "meta", "one device"),
         ({"region_map": zeros(5, 6).int()}, ValueError, "(5, 6)", "(6, 6)"),
-        ({"region_map": zeros(6, 6)}, TypeError, "torch.float32", "integers"),
-        ({"region_map": zeros(6, 6).bool()}, TypeError, "torch.bool", "integers"),
+        ({"region_map": zeros(6, 6)}, TypeError, "torch.float32", "int32, int16, int8 or uint8"),
+        ({"region_map": zeros(6, 6).bool()}, TypeError, "torch.bool", "int32, int16, int8 or uint8"),
         ({"region_map": zeros(6, 6).long()}, TypeError, "torch.int64", "int32"),  # values would be truncated to 32 bits
         ({"region_map": meta.expand(6, 6).int()}, ValueError, "meta", "one device"),
         ({"periodic": (False, True), "region_map": zeros(6, 6).int()}, ValueError, "(False, True)", "must be False"),

@@ -91,12 +91,11 @@ def test_an_export_has_no_guard_on_divisibility(strict):
         assert torch.equal(program.module()(*inputs), Attend()(*inputs)), size
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_an_lse_that_is_not_needed_changes_nothing(backend):
+def test_an_lse_that_is_not_needed_changes_nothing():
     case = WindowAttentionCase(2, (9, 10), 2, 8, 4, 1, has_pad_qkv=True)
     inputs = case.inputs(torch.float32)
-    recorded = run_case(swinkernels.window_attention_qkvpacked, inputs, {**case.arguments(), "backend": backend})
+    recorded = run_case(swinkernels.window_attention_qkvpacked, inputs, {**case.arguments(), "backend": "cpu"})
     del inputs["dout"]
-    out = swinkernels.window_attention_qkvpacked(**inputs, **case.arguments(), backend=backend)
+    out = swinkernels.window_attention_qkvpacked(**inputs, **case.arguments(), backend="cpu")
     assert torch.equal(out, recorded["out"])
     assert math.isfinite(out.sum().item())
