@@ -452,16 +452,10 @@ ANY_SCHEDULE = [
 @pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32", "float32"])
 @pytest.mark.parametrize("case", ANY_SCHEDULE, ids=str)
 def test_same_bits_whatever_the_schedule(library, case, arithmetic):
-    """The order of threads must not matter: a missing barrier, or sums in order of arrival, would change the bits."""
     dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
     inputs = case.inputs(dtype)
     arguments = {**case.arguments(), "allow_tf32": arithmetic == "tf32"}
-    first = run_case(library.window_attention_qkvpacked, inputs, arguments)
-    for seed in (1, 2, 3):
-        library.configure(seed=seed)
-        again = run_case(library.window_attention_qkvpacked, inputs, arguments)
-        for name in first:
-            assert torch.equal(first[name], again[name]), f"{name} differs with schedule {seed}"
+    library.check_schedules(lambda: run_case(library.window_attention_qkvpacked, inputs, arguments), seeds=(1, 2, 3))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 7, 200])
@@ -533,13 +527,11 @@ def test_short_windows_in_16_bits(library, name, arithmetic):
 def test_short_windows_have_the_same_bits_whatever_the_schedule(library, name, arithmetic):
     case = SHORT16[name]
     inputs = case.inputs(getattr(torch, arithmetic))
-    library.configure(multiprocessors=1)  # a block reuses its tiles
-    first = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
-    for seed in (1, 2, 3):
-        library.configure(seed=seed, multiprocessors=1)
-        again = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
-        for key in first:
-            assert torch.equal(first[key], again[key]), f"{key} differs with schedule {seed}"
+    library.check_schedules(
+        lambda: run_case(library.window_attention_qkvpacked, inputs, case.arguments()),
+        seeds=(1, 2, 3),
+        multiprocessors=1,  # a block reuses its tiles
+    )
 
 
 @pytest.mark.parametrize("arithmetic", ["bfloat16", "float16"])

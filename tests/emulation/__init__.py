@@ -33,7 +33,7 @@ import shutil
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,6 +204,20 @@ class Library:
     def configure(self, seed: int = 0, multiprocessors: int = 2, shared_bytes: int = 227 * 1024) -> None:
         """Set the order of threads (0: as numbered), multiprocessors and a block's shared memory for later launches."""
         self.functions.emulation_configure(seed, multiprocessors, shared_bytes)
+
+    def check_schedules(
+        self, call: Callable[[], dict[str, Tensor]], seeds: Sequence[int] = (1, 2), **options: int
+    ) -> None:
+        """Check that the results have the same bits for any order of threads. ``options`` are for :meth:`configure`.
+
+        A missing barrier, or sums in the order of arrival, would change them.
+        """
+        self.configure(**options)
+        first = call()
+        for seed in seeds:
+            self.configure(seed=seed, **options)
+            for name, x in call().items():
+                assert torch.equal(first[name], x), f"{name} differs with schedule {seed}"
 
     @functools.cached_property
     def _kernels(self) -> dict[int, str]:
