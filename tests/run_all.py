@@ -2,10 +2,10 @@
 
     python -m tests.run_all [PART...]
 
-A part is a folder of tests/, including its tests marked ``long``, or the faults of an area: ``cuda``, ``faults-cuda``.
-Its counts are written to tests/last_full_run.json when it ends. Without names, all parts that have not passed at this
-commit are run, so an interrupted run resumes. A full run takes hours on two cores: it precedes a release, and its
-result is committed.
+A part is either a folder of tests/ (such as ``cuda``), including its tests marked ``long``, or the faults of one area
+(such as ``faults-cuda``). Its counts are written to tests/last_full_run.json when it ends. Without names, all parts
+that have not passed at this commit are run, so an interrupted run resumes. A full run takes hours on two cores. Do one
+before each release, and commit the result.
 """
 
 from __future__ import annotations

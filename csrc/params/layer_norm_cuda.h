@@ -7,9 +7,10 @@
 
 namespace swinkernels::cuda {
 
-// All functions launch on the given stream of the current device, and neither allocate nor synchronise. They return
-// cudaErrorInvalidValue for calls without a kernel: rows longer than kMaxRow, 2^31 rows or more, neighbours 2^31
-// elements apart or more, or two different half-precision dtypes. Pointers to tensors of rows must be 16-byte aligned.
+// layer_norm_forward and layer_norm_backward launch on the given stream of the current device, and neither allocate nor
+// synchronise. They return cudaErrorInvalidValue for calls that no kernel supports: rows longer than kMaxRow, 2^31 rows
+// or more, neighbours 2^31 elements apart or more, or two different half-precision dtypes. Pointers to tensors of rows
+// must be 16-byte aligned.
 cudaError_t layer_norm_forward(const LayerNormForwardParams& params, cudaStream_t stream);
 
 // Returns the size of the workspace that the backward pass needs. It depends on the op, the dtypes and the rows, and on

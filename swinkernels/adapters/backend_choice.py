@@ -1,4 +1,4 @@
-"""Chooses, for the report, the backend of each part of a module, and explains why faster backends cannot run it."""
+"""Determines the backend that the report shows for each part of a module, and why faster backends cannot run it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def know_linear(kind: type[nn.Linear]) -> None:
 def why_not_left_out(
     name: str, module: Any, kind: type[nn.Module] = nn.Dropout, training: bool | None = None
 ) -> str | None:
-    """Return the reason why a dropout, or a library's stochastic depth, has to be called, or None if it has no effect.
+    """Return the reason why a dropout or stochastic-depth module has to be called, or None if it has no effect.
 
     ``training`` replaces the module's mode unless it is None.
     """
@@ -57,7 +57,7 @@ def why_not_left_out(
 
 
 def drops_nothing(name: str, module: Any, kind: type[nn.Module] = nn.Dropout) -> bool:
-    """Return True if a dropout, or a library's stochastic depth, has no effect and does not have to be called."""
+    """Return True if a dropout or stochastic-depth module has no effect and does not have to be called."""
     return why_not_left_out(name, module, kind) is None
 
 

@@ -1,4 +1,8 @@
-"""Reads the parameters of window attention modules in Microsoft's form, v1 or v2, which several libraries copied."""
+"""Reads the parameters and calls the layers of window attention modules in Microsoft's form, v1 or v2.
+
+Several libraries copied these modules. The functions compute q, k and v, the projection, and the sum of the projection
+and the residual stream.
+"""
 
 from __future__ import annotations
 

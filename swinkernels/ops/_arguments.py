@@ -108,7 +108,7 @@ def mask_number(op: str, value: Any) -> float:
 def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(
-            f"{op}: all tensors must be on one device, got {name} on {value.device} and the map on {device}"
+            f"{op}: all tensors must be on the same device, got {name} on {value.device} and the map on {device}"
         )
 
 
@@ -148,7 +148,7 @@ def check_qkvpacked(op: str, qkv: Any, num_heads: Any) -> Tensor:
 
 
 def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
-    """Check that q, k and v are (B, *S, num_heads, head_dim) and have one shape, dtype and device."""
+    """Check that q, k and v are (B, *S, num_heads, head_dim) and have the same shape, dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_map(op, name, x)
         if x.dim() not in (5, 6):
@@ -156,11 +156,13 @@ def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
                 f"{op}: {name} must be (B, *S, num_heads, head_dim) with S = (H, W) or (D, H, W), got {_shape(x)}"
             )
         if x.shape != q.shape:
-            raise ValueError(f"{op}: q, k and v must have one shape, got q {_shape(q)} and {name} {_shape(x)}")
+            raise ValueError(f"{op}: q, k and v must have the same shape, got q {_shape(q)} and {name} {_shape(x)}")
         if x.dtype != q.dtype:
-            raise TypeError(f"{op}: q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
+            raise TypeError(f"{op}: q, k and v must have the same dtype, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
-            raise ValueError(f"{op}: all tensors must be on one device, got q on {q.device} and {name} on {x.device}")
+            raise ValueError(
+                f"{op}: all tensors must be on the same device, got q on {q.device} and {name} on {x.device}"
+            )
     check_count(op, "num_heads", num_heads)
     if q.shape[-2] != num_heads:
         raise ValueError(
@@ -471,7 +473,7 @@ def _check_axis_tables(
             f"window_size {window}, got {' and '.join(str(tuple(table.shape)) for table in given)}: resize them first"
         )
     if len({table.dtype for table in given}) > 1:
-        raise TypeError(f"{op}: axis_tables must have one dtype, got {', '.join(str(t.dtype) for t in given)}")
+        raise TypeError(f"{op}: axis_tables must have the same dtype, got {', '.join(str(t.dtype) for t in given)}")
     for name in ("bias_table", "bias"):
         if others.get(name) is not None:
             raise ValueError(f"{op}: {name} must be None with axis_tables, got both")

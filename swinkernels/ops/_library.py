@@ -313,7 +313,8 @@ def register_derivative(name: str, fake: Callable, of: str, gradients: Callable 
     def differentiate(ctx, *cotangents):
         if gradients is None:
             raise NotImplementedError(
-                f"{of} has no second derivative in the kernels: use backend='torch' or 'reference' for double backward"
+                f"the kernels do not implement second derivatives of {of}: use backend='torch' or 'reference' for "
+                "double backward"
             )
         tensors, others = ctx.saved_tensors, ctx.others
         floating = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]

@@ -295,7 +295,7 @@ def with_axis_tables(
     token = torch.arange(math.prod(window), device=device)
     for axis, (table, w) in enumerate(zip(axis_tables, window, strict=True)):
         at = torch.arange(w, device=device)
-        rows = table.to(q.dtype)[at[:, None] - at + w - 1]  # (w of the query, w of the key, head_dim)
+        rows = table.to(q.dtype)[at[:, None] - at + w - 1]  # (query coordinate, key coordinate, head_dim)
         place = axis - len(window) - 1
         of_axis = q.unflatten(-2, tuple(window)).movedim(place, -2)  # (..., w, head_dim)
         product = torch.einsum("...id,ijd->...ij", of_axis, rows).movedim(-2, place)

@@ -104,8 +104,8 @@ def _by_neighbour(x: Tensor, count: int) -> Tensor:
 def _row_major_columns(weight: Tensor, numbers: Sequence[int]) -> Tensor:
     """Reorder the columns of the reduction's weight into row-major order of the neighbours.
 
-    ``weight`` has one block of columns per neighbour, in the order ``numbers``. A neighbour that occurs twice in
-    ``numbers`` gets the sum of its columns, and a neighbour that does not occur gets zeros.
+    ``weight`` has one block of columns per neighbour, in the order given by ``numbers``. A neighbour that occurs twice
+    in ``numbers`` gets the sum of its columns, and a neighbour that does not occur gets zeros.
     """
     columns = weight.unflatten(-1, (len(numbers), -1)).unbind(-2)
     runs = [[c for c, number in zip(columns, numbers, strict=True) if number == i] for i in range(len(numbers))]

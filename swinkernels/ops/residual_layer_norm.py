@@ -161,7 +161,8 @@ def _run(
         _arguments.check_rows(op, "y", y, batched=True)
         if y.shape != x.shape:
             raise ValueError(
-                f"{op}: x and y must have one shape, got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}"
+                f"{op}: x and y must have the same shape, got x of shape {tuple(x.shape)} and y of shape "
+                f"{tuple(y.shape)}"
             )
         _arguments.check_device(op, "y", y, x.device)
         _arguments.check_parameters(op, x, (x.shape[-1],), weight=weight, bias=bias)

@@ -104,8 +104,8 @@ def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, .
     spec = WindowSpec.parse(*numbers)
     if spec.dropout_p > 0.0:
         raise NotImplementedError(
-            f"{form} has no second derivative in the kernels with dropout_p = {spec.dropout_p}: use backend='torch' or "
-            "'reference' for double backward, or no dropout of attention weights"
+            f"the kernels do not implement second derivatives of {form} with dropout_p = {spec.dropout_p}: use "
+            "backend='torch' or 'reference', or set dropout_p to 0"
         )
     n = len(_FORMS[form])
     dout, *maps = tensors[: 1 + n]
@@ -535,7 +535,7 @@ def window_attention(
     The formula and the other arguments are as for :func:`window_attention_qkvpacked`.
 
     Args:
-        q, k, v: (B, \*S, num_heads, head_dim) each, of one shape, dtype and device, any strides.
+        q, k, v: (B, \*S, num_heads, head_dim) each, of the same shape, dtype and device, any strides.
 
     Returns:
         (B, \*S, C) in the dtype of q, C = num_heads * head_dim; with return_attention a pair of this and the weights.

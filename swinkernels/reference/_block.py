@@ -21,7 +21,7 @@ def add_residual(
     """Return x + drop_path_scale * layer_scale * branch, with one factor per sample and one per channel."""
     if branch.shape != x.shape:
         raise ValueError(
-            f"{op}: the residual stream and the branch must have one shape, got {tuple(x.shape)} and "
+            f"{op}: the residual stream and the branch must have the same shape, got {tuple(x.shape)} and "
             f"{tuple(branch.shape)}"
         )
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -46,7 +46,10 @@ def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any
 
 
 def _attach(op: str, launch: Callable[..., Any]) -> None:
-    """Make ``launch`` the kernel of an op, and run it with the tensors' GPU current, on which Triton launches."""
+    """Register ``launch`` as the implementation of ``{op}_triton``.
+
+    Triton launches on the current device, so each call first makes the tensors' GPU current.
+    """
 
     def run(x, *arguments):
         if x.is_cuda and x.device.index != torch.cuda.current_device():

@@ -545,7 +545,7 @@ def part_in_training(site: Site, _: Any) -> None:
     site.module.train(not site.module.training)
 
 
-# The steps after the edits; each returns the model that is run.
+# Steps applied after the edits; each returns the model that is run.
 
 
 def _replica(model: nn.Module) -> nn.Module:

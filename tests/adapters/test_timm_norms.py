@@ -176,7 +176,7 @@ def test_the_factor_of_drop_path_is_timms(p, dtype):
 
 @versions
 def test_drop_path_draws_in_timms_dtype_under_autocast(version, calls, a_gpu):
-    """timm computes 1 / (1 - p) in the branch's dtype; in bfloat16 the value differs from float32's."""
+    """timm computes 1 / (1 - p) in the branch's dtype; in bfloat16 the value differs from the float32 value."""
     model = make_model(version, drop_path_rate=0.3).train()
     fast, x = accelerated(model, "auto"), make_image(model)
     dtypes = []

@@ -170,7 +170,9 @@ assert all(x.isfinite().all() for x in found[0])
     ids=["99 KB", "163 KB"],
 )
 def test_the_backward_pass_fits_into_shared_memory(library, room, windows):
-    """Windows that the support check admits on devices with this much shared memory for a block."""
+    """The support check admits ``windows`` on devices with ``room`` KB of shared memory per block, so the backward pass
+    must fit.
+    """
     library.configure(shared_bytes=room * 1024)
     for window in windows:
         tables = tuple(torch.empty(2 * w - 1, 64) for w in window)

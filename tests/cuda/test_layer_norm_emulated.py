@@ -160,8 +160,8 @@ def test_parameters_in_half_precision(library, case, dtype):
     check(library, replace(case, parameter_dtype=dtype))
 
 
-# bfloat16 numbers near 1000 are 4 apart, so the branch that post norm normalises is float32. Rounding of the mean is
-# most of the error; there are enough rows to estimate its size.
+# bfloat16 numbers near 1000 are 4 apart, so the branch that post norm normalises is float32. Most of the error comes
+# from rounding the mean, once per row, so these cases have four times as many rows to get a stable estimate of it.
 FAR_FROM_ZERO = [
     replace(case, shape=(4 * case.shape[0], *case.shape[1:]), pair=pair, offset=1000.0)
     for case in KINDS

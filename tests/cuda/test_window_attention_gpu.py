@@ -212,7 +212,7 @@ def test_a_device_that_is_not_the_current_one(backend: str) -> None:
             for name, value in expected.items():
                 assert got[name].device == there, name
                 assert torch.equal(got[name].to(here), value), name
-        with pytest.raises(ValueError, match="one device"):
+        with pytest.raises(ValueError, match="the same device"):
             attend(backend)(inputs["qkv"], inputs["bias_table"].to(there), **PADDED.arguments())
 
 

@@ -334,7 +334,7 @@ def changed(i: int, value: Any) -> Callable:
         ("mlp_half", changed(5, lambda w: w.t()), ValueError, r"fc2_weight must be \(12, 20\)"),
         ("mlp_half", changed(4, lambda b: b[:-1]), ValueError, r"fc1_bias must be \(20,\)"),
         ("mlp_half", changed(1, lambda w: w[:-1]), ValueError, r"norm_weight must be \(12,\)"),
-        ("mlp_half", changed(5, lambda w: w.to("meta")), ValueError, "one device, got fc2_weight"),
+        ("mlp_half", changed(5, lambda w: w.to("meta")), ValueError, "the same device, got fc2_weight"),
         ("mlp_half", changed(5, lambda w: None), TypeError, "fc2_weight must be a tensor, got NoneType"),
         ("mlp_half", lambda t, o: o.update(norm="both"), ValueError, "norm must be one of"),
         ("mlp_half", lambda t, o: o.update(approximate="erf"), ValueError, "approximate must be one of"),

@@ -679,7 +679,9 @@ def test_longest_row(monkeypatch, plain_kernels):
 
 @pytest.mark.parametrize(("order", "rank"), list(RUNS))
 def test_row_major_columns(order, rank):
-    """A row-major gather, then a reduction with reordered columns, equals each order, even with doubled neighbours."""
+    """For every order, a row-major gather followed by a reduction with reordered columns gives the same result, even if
+    a neighbour occurs twice.
+    """
     c, out, count = 3, 7, 2**rank
     x, weight = draw(2, *(4,) * rank, c), draw(out, count * c, seed=2)
     expected = reference.patch_merging(x, None, None, weight, order=order, norm="post")
@@ -691,7 +693,9 @@ def test_row_major_columns(order, rank):
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_by_neighbour(rank):
-    """With reordered parameters the order "unfold" equals "row_major", before the norm and after it."""
+    """patch_merging with order "unfold" equals order "row_major" if the norm's parameters and the reduction's weight
+    are reordered.
+    """
     c, out, count = 3, 7, 2**rank
     x, weight = draw(2, *(3,) * rank, c), draw(out, count * c, seed=2)
     norm = draw(count * c, seed=3), draw(count * c, seed=4)

@@ -102,7 +102,7 @@ def test_driver_is_none_without_a_working_nvidia_smi(monkeypatch: pytest.MonkeyP
 
 
 def test_sources_that_hide_an_installed_package_are_named(tmp_path: Path) -> None:
-    """After `pip install .`, Python started in the checkout imports its sources, which have no extension."""
+    """After `pip install .`, Python started in the checkout imports its sources, which lack the compiled extension."""
     checkout, site = tmp_path / "checkout", tmp_path / "site"
     shutil.copytree(ROOT / "swinkernels", checkout / "swinkernels", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
     (site / "swinkernels").mkdir(parents=True)

@@ -29,8 +29,8 @@ def draw_case(
     """Draw a case with windows of up to ``longest`` tokens per axis, maps of up to two windows plus ``beyond`` tokens,
     and up to ``most`` images and heads.
 
-    Unless ``small_cosine`` is set, cosine attention (v2) has windows of 16 tokens or more, most of them not pads, and
-    heads of four channels or more.
+    Unless ``small_cosine`` is set, cosine attention (v2) has windows of 16 tokens or more, maps at least as long as the
+    window on each axis, and heads of four channels or more.
     """
     rank = rng.randint(2, 3)
     has_logit_scale = rng.random() < 0.5

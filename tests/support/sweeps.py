@@ -11,7 +11,7 @@ import pytest
 def in_turn(values: Iterable[Any], others: Sequence[Any]) -> list[Any]:
     """Combine each of ``values`` with each of ``others``, for parametrize.
 
-    For each value one combination is not ``long``; its place in ``others`` moves on by one from value to value.
+    Each value has exactly one combination without the mark ``long``: value i with ``others[i % len(others)]``.
     """
     return [
         pytest.param(value, other, id=f"{value}-{other}", marks=[] if j == i % len(others) else pytest.mark.long)

@@ -193,7 +193,10 @@ def _attended(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_val
 
 
 def _has_own_mask(block: Any) -> bool:
-    """Return True if the block's stored mask differs from the standard mask, which ops compute from the geometry."""
+    """Return True if the block's stored mask differs from the standard mask, which ops compute from the geometry.
+
+    Also return True if the geometry cannot be read, or if no mask is stored where one would be expected.
+    """
     mask = getattr(block, MASK, None)
     try:
         resolution, window, shift = _resolution(block), _window(block), _shift(block)

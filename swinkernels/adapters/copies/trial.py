@@ -1,7 +1,8 @@
 """Compares a module of an unknown class with its accelerated twin on random inputs.
 
-Both are copies of the module with random parameters and buffers, on the CPU, in float64 and without hooks. The values
-are random because initial values can hide a difference: if the weight of a norm starts at 0, a whole branch is hidden.
+Both are copies of the module with random parameters and buffers, on the CPU, in float64 and without hooks. Outputs are
+also compared in float32, float16 and bfloat16. The values are random because initial values can hide a difference: if
+the weight of a norm starts at 0, a whole branch is hidden. The buffers listed in ``_KNOWN_TENSORS`` keep their values.
 The module itself, its gradients and the state of every random number generator do not change.
 """
 

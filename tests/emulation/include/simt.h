@@ -4,7 +4,7 @@
 // mma) and waits there until every participating lane has arrived; the last one computes the result for all, and the
 // fibers continue. The blocks of a grid run one after another, so no block may wait for another.
 //
-// A schedule seed other than 0 shuffles the order of warps and lanes, and how far a warp runs ahead: a kernel without
+// A schedule seed other than 0 randomises the order of warps and lanes, and how far a warp runs ahead: a kernel without
 // races gives the same bits with every seed.
 //
 // The engine reports deadlocks, lanes of a warp in different collectives, misaligned accesses, and accesses outside the

@@ -58,7 +58,7 @@ struct PlainRows {
   }
 };
 
-// Additional fields if z is a map. Rows are numbered row-major over the tokens of all images.
+// Base of MergedRows and ExpandedRows, in which z is a map. Rows are numbered row-major over the tokens of all images.
 struct MapRows {
   RowMajorDivisor tokens;   // tokens of an image of z
   uint64_t batch_stride;    // elements of an image of x

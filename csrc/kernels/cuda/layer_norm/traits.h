@@ -14,8 +14,8 @@
 #include "row_source.cuh"
 
 // Defaults that are still to be chosen by measurement on a GPU: the number of blocks of 128 threads per multiprocessor
-// in the backward pass (BLOCKS), and loading the next row early (PREFETCH, 0 or 1). gpu/variants.py builds and times
-// variants that define these macros.
+// in the backward pass (BLOCKS), and loading the next row early (PREFETCH, 0 or 1). gpu/variants.py builds variants
+// with other values of these macros, and the step "variants" times them.
 #ifndef SWINKERNELS_NORM_BACKWARD_BLOCKS
 #define SWINKERNELS_NORM_BACKWARD_BLOCKS 3
 #endif

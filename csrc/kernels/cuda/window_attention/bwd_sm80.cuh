@@ -267,7 +267,7 @@ struct BackwardLongSmem {
   int32_t exponents[Traits::kWarps];  // exponents of ds, half_range.cuh
   int32_t mixed;
 
-  // After this struct: the data of each token of the window.
+  // The per-token data follows this struct in shared memory.
   static size_t bytes(const WindowLayout& layout, int blocks) {
     const size_t per_token =
         7 * sizeof(uint64_t) + 2 * sizeof(float) + (1 + LongTokenConstants::arrays(layout)) * sizeof(int32_t);

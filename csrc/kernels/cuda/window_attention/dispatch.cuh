@@ -16,7 +16,7 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
 template <class Product>
 cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 
-// True if kernels for plain long windows (long_windows.cuh) exist for these tiles: 16 bits, head_dim up to 64.
+// True if kernels for plain long windows (long_windows.cuh) exist for these traits: 16-bit elements and head_dim <= 64.
 template <class Traits>
 constexpr bool kHasPlainLong = sizeof(typename Traits::T) == 2 && Traits::kHeadDim <= 64;
 

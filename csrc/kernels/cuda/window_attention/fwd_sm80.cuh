@@ -196,7 +196,7 @@ struct ForwardLongSmem {
   float table[Traits::kSharedTableEntries + 1];
   int32_t mixed;
 
-  // After this struct: the data of each token of the window.
+  // The per-token data follows this struct in shared memory.
   static size_t bytes(const WindowLayout& layout, int blocks) {
     const size_t per_token = 4 * sizeof(uint64_t) + (1 + LongTokenConstants::arrays(layout)) * sizeof(int32_t);
     return sizeof(ForwardLongSmem) + blocks * Traits::kBlock * per_token;

@@ -7,8 +7,8 @@
 #include "half_range.cuh"
 
 // Defaults that are still to be chosen by measurement on a GPU, for short windows with narrow rows (16 bits, head_dim
-// up to 32): copies in flight (STAGES), and warps per multiprocessor (WARPS). gpu/variants.py builds and times variants
-// that define these macros.
+// up to 32): copies in flight (STAGES), and warps per multiprocessor (WARPS). gpu/variants.py builds variants with
+// other values of these macros, and the step "variants" times them.
 #ifndef SWINKERNELS_FORWARD_STAGES
 #define SWINKERNELS_FORWARD_STAGES 2
 #endif

@@ -28,8 +28,8 @@
 #include "../../common/launch.cuh"
 #include "../../common/map_strides.cuh"
 
-// Defaults that are still to be chosen by measurement on a GPU: gpu/variants.py builds and times variants that define
-// these macros.
+// Defaults that are still to be chosen by measurement on a GPU: gpu/variants.py builds variants with other values of
+// these macros, and the step "variants" times them.
 #ifndef SWINKERNELS_COPY_THREADS
 #define SWINKERNELS_COPY_THREADS 256
 #endif

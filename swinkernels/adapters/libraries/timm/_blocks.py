@@ -73,7 +73,9 @@ def stored(block: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def why_not_attention(block: Any, kind: type, takes_lora: bool = False) -> str | None:
-    """Return the reason, among those common to all blocks, why timm's own code currently has to run attention, or None.
+    """Check the conditions shared by all timm block classes.
+
+    Return the reason why timm's own code has to run attention, or None.
 
     ``kind`` is the expected class of the attention module; ``takes_lora`` is as in
     :func:`~swinkernels.adapters.bypass.why_not_window_attention`.
