@@ -118,6 +118,7 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
     STD_TORCH_CHECK(t.bias && t.bias->scalar_type() == ScalarType::Float && t.bias->numel() == rows * p.head_dim &&
                         !t.bias_table && !t.logit_scale,
                     "swinkernels: axis_tables must be float32, (2 * window - 1, head_dim) per axis, the only bias");
+    t.bias = packed(*t.bias, 2 * sizeof(float));  // the CUDA kernels load two entries at once
     p.axis_tables = static_cast<const float*>(t.bias->const_data_ptr());
   } else if (t.bias) {
     const int64_t n = product(g.window), windows = product(g.num_windows);

@@ -73,6 +73,14 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
     check_window_attention(library.window_attention_qkvpacked, Case(3, (9, 18), 2, 16, 9, 4), torch.bfloat16)
 
 
+@pytest.mark.parametrize("window", [(7, 7), (8, 8), (4, 16), (14, 14)], ids=str)
+def test_little_shared_memory(library, window):
+    """With 99 KB per block, four rows of warps do not fit, and two would be too few to find a window's tokens."""
+    library.configure(shared_bytes=99 * 1024)
+    case = Case(1, tuple(2 * w for w in window), 1, 16, window, 1)
+    check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tables_of_more_digits_than_the_maps(library, dtype):
     """The products with the tables reach 100. Rounded to 16 bits once, they would be off by up to 0.2 in bfloat16.

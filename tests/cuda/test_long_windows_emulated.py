@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -78,6 +80,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
         for case in (
             Case(2, (12, 24), 1, 32, 12, 5, **options),
             Case(3, (9, 16), 2, 16, 9, 4, has_pad_qkv=True, **options),
+            Case(1, (14, 28), 2, 16, 14, 7, **options),
         ):
             check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
 
@@ -114,6 +117,43 @@ def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
     for name in ("out", "dqkv"):
         error = got[name].double() - exact[name]
         assert error.norm() <= 2 * torch.finfo(dtype).eps * exact[name].norm(), name
+
+
+@pytest.mark.parametrize("window", [(9, 9), (14, 14), (7, 7, 7)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"has_table": False}, {"has_table": False, "bias_types": 0}], ids=str)
+def test_low_scores_leave_the_gradient_of_keys_alone(library, options, window):
+    """All scores are near -50, but the zeros past the window would have a score near zero.
+
+    In float16, dS is scaled for its largest value, which must not be that of a key past the window.
+    """
+    case = Case(1, window, 1, 32, window, 0, **options)
+    inputs = case.inputs(torch.float16)
+    inputs["qkv"] = inputs["qkv"] + torch.tensor([3.0, -3.0, 0.0]).repeat_interleave(32)
+    inputs["qkv"] = inputs["qkv"].half()
+    got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
+    last = math.prod(window) // 16 * 16  # the first token of the last, partial step
+    for name, x, y in (
+        ("out", got["out"], exact["out"]),
+        ("dk, dv", got["dqkv"][..., 32:], exact["dqkv"][..., 32:]),
+        ("dk of the last tokens", *(results["dqkv"].flatten(0, -2)[last:, 32:64] for results in (got, exact))),
+    ):
+        denormal = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+        limit = 4 * torch.finfo(torch.float16).eps * y.norm() + denormal * y.numel() ** 0.5
+        assert (x.double() - y).norm() <= limit, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_dense_bias_may_exclude_the_first_keys(library, dtype):
+    case = Case(1, (12, 12), 2, 32, 12, 0, has_table=False, bias_types=0)
+    inputs = case.inputs(dtype)
+    inputs["bias"][..., :70] = -torch.inf
+    got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
+    for name, x in exact.items():
+        assert (got[name].double() - x).norm() <= 2 * torch.finfo(dtype).eps * x.norm(), name
 
 
 def test_what_is_not_finite_stays_in_its_window(library):

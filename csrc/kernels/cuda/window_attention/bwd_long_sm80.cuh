@@ -709,6 +709,16 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           pack_fragment<T>(fragment, p);
           add_fragment_b<T>(dv, fragment, dout, 16 * step);
           if constexpr (kHasNarrowRange<T>) {
+            // A key past the window may have any score. Its sums are never read, but must not set the exponent.
+            if (first + row0 + 16 > num_tokens) {
+#pragma unroll
+              for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                  if (row + e / 2 * 8 >= num_tokens) ds[j][e] = 0.0f;
+                }
+              }
+            }
             const int needed = max(exponent, excess_exponent(ds));
             if (needed != exponent) multiply(dk, power_of_two(exponent - needed));
             exponent = needed;

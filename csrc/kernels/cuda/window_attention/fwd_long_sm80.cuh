@@ -14,6 +14,7 @@
 // Limits    head_dim <= 64.
 #pragma once
 
+#include <cfloat>
 #include <type_traits>
 
 #include "axis_tables.cuh"
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
       float factor[2] = {factor2, factor2};  // of the scores of this thread's two rows
       float maximum[2] = {0.0f, 0.0f}, sum[4] = {}, o[kColTiles][4] = {};
       bool maximum_runs = kMaximumAlwaysRuns, again = false;
-      if constexpr (kMaximumAlwaysRuns) maximum[0] = maximum[1] = -INFINITY;
+      if constexpr (kMaximumAlwaysRuns) maximum[0] = maximum[1] = -FLT_MAX;
 
 #pragma unroll 1
       for (int key_block = 0; key_block < blocks; ++key_block) {
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
           maximum_runs = again = true;
           if (block + 1 == end_block) copy_keys(stage, 0);
           ptx::cp_async_commit();
-          maximum[0] = maximum[1] = -INFINITY;
+          maximum[0] = maximum[1] = -FLT_MAX;
 #pragma unroll
           for (int e = 0; e < 4; ++e) sum[e] = 0.0f;
 #pragma unroll

@@ -98,8 +98,11 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, const float* axi
   }
   if (plain.row_tiles == 0 || BlockSmem::bytes(plain) > shared_bytes) return cudaSuccess;
   taken = true;
-  plain.strips = (row_tiles + plain.row_tiles - 1) / plain.row_tiles;
+  const int32_t most_rows = plain.row_tiles, rows_of_three_warps = (3 + plain.key_groups - 1) / plain.key_groups;
+  plain.strips = (row_tiles + most_rows - 1) / most_rows;
   plain.row_tiles = (row_tiles + plain.strips - 1) / plain.strips;
+  // A block needs three warps to find its tokens.
+  plain.row_tiles = std::max(plain.row_tiles, std::min(most_rows, rows_of_three_warps));
 
   const size_t strip_bytes = StripSmem::bytes(plain), block_bytes = BlockSmem::bytes(plain);
   const auto [query_kernel, key_kernel] = plain_long_backward_kernels<Traits, kHasAxes>(args);
