@@ -61,7 +61,7 @@ def test_windows_of_monai_that_a_map_makes_smaller(monkeypatch):
     fast = copy.deepcopy(plain)
     report = swinkernels.accelerate(fast)
     assert not report.skipped
-    assert any("hold 1728 tokens" in remark for entry in report.replaced for remark in entry.remarks)
+    assert any("have 1728 tokens" in remark for entry in report.replaced for remark in entry.remarks)
     calls: list[Any] = []
     op = adapter.window_attention_qkvpacked
     monkeypatch.setattr(adapter, "window_attention_qkvpacked", lambda *a, **k: calls.append(0) or op(*a, **k))

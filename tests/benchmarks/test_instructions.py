@@ -177,7 +177,7 @@ def test_what_a_predicate_switches_off_has_no_address() -> None:
 
 
 def test_unknown_instructions_and_addresses_are_refused() -> None:
-    with pytest.raises(sass.UnknownInstruction, match=r"FROB.X R0, R1 at 0x0.*executes FROB"):
+    with pytest.raises(sass.UnknownInstruction, match=r"FROB.X R0, R1 at 0x0.*no function for FROB"):
         _block("FROB.X R0, R1\nEXIT")
     assert _block("EXIT\nFROB.X R0, R1").warps[0].counts.tolist() == [1, 0]  # FROB.X is not executed
     with pytest.raises(sass.Fault, match="belongs to no argument"):

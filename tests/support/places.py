@@ -197,5 +197,5 @@ def beyond_limits() -> dict[str, tuple[Place, str]]:
 
             name = kind.__name__
             found[f"{name}, heads"] = Place(lambda m=make: m(130, 4), _sequence(8, 8, 130)), heads
-            found[f"{name}, windows"] = Place(lambda m=make: m(8, 33), _sequence(34, 35, 8)), "hold 1089 tokens"
+            found[f"{name}, windows"] = Place(lambda m=make: m(8, 33), _sequence(34, 35, 8)), "have 1089 tokens"
     return found
