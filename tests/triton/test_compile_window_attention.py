@@ -195,9 +195,7 @@ def test_calls_beyond_32_bits_and_dropout_without_a_seed_are_refused():
         spec = make_window_spec("op", 2, 2, window_size=8, **options)
         launcher.forward((x,), *(None,) * 6, spec.wire(), *spec.numbers)
 
-    with pytest.raises(
-        ValueError, match=r"2\*\*31 tiles of 16 keys, got 1048576 windows of 64 keys and 1024 heads"
-    ):
+    with pytest.raises(ValueError, match=r"2\*\*31 tiles of 16 keys, got 1048576 windows of 64 keys and 1024 heads"):
         forward(x)
     with pytest.raises(ValueError, match=r"dropout_seed must be given with a dropout_p above 0, got None"):
         forward(x[:1], dropout_p=0.1)
