@@ -223,6 +223,18 @@ FAULTS = {
         "if (chunk >= 0) logit_sum",
         _IN_LONG + "test_outputs_and_gradients[v2, seam-torch.float16]",
     ),
+    "cuda-long-scale-of-keys-past-the-window": Fault(
+        _ATTENTION + "bwd_long_sm80.cuh",
+        "if (row + e / 2 * 8 >= num_tokens) ds[j][e] = 0.0f;",
+        "if (row + e / 2 * 8 < 0) ds[j][e] = 0.0f;",
+        _IN_LONG + "test_low_scores_leave_the_gradient_of_keys_alone",
+    ),
+    "cuda-axes-tokens-found-by-two-warps": Fault(
+        _ATTENTION + "launch_long_bwd.cuh",
+        "std::min(most_rows, rows_of_three_warps)",
+        "std::min(most_rows, 1)",
+        _IN_AXES + "test_little_shared_memory",
+    ),
     "cuda-long-norm-of-the-key-beside": Fault(
         _ATTENTION + "long_windows.cuh",
         "x[j][1] *= pair.y;",
