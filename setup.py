@@ -8,7 +8,7 @@ SWINKERNELS_BUILD        auto (default): CPU kernels, and CUDA kernels if a CUDA
                          found, with or without a GPU; cuda: CPU and CUDA kernels, or an error; hot: like cuda, with
                          window attention in bfloat16 only, to compare builds; cpu: CPU kernels; none: pure Python
 CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor the one whose nvcc is on the PATH
-TORCH_CUDA_ARCH_LIST     architectures; by default those of the visible GPUs, or 8.0 and 9.0 with PTX without a GPU
+TORCH_CUDA_ARCH_LIST     architectures to compile for; default: the visible GPUs', or without a GPU 8.0 and 9.0+PTX
 SWINKERNELS_WHEEL=1      set by release/wheel.py: a wheel for every Python, without swinkernels._C and tagged py3-none
 MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as in torch's extension tools, setuptools and nvcc
 """
@@ -204,6 +204,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
     # torch's tools disable the operators of half and bfloat16, but the kernels use them.
     allow = [f"-U__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
     nvcc_flags = ["-O3", "-std=c++17", "--threads=2", *allow, "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
+    nvcc_flags.append("-Xfatbin=-compress-all")  # compresses machine code, too: a quarter of the size
     ops = (CUDAExtension if plan.toolkit else CppExtension)(
         "swinkernels._ops",
         sorted({*sources("bindings/**/*.cpp"), *sources("kernels/cpu/**/*.cpp"), *cuda} - {*module}),

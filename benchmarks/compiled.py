@@ -1,4 +1,4 @@
-"""Compile a CUDA source for one architecture with the build's flags, and cache the object by its content."""
+"""Compile a CUDA source for one architecture as the build does, but uncompressed, and cache the object."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ MODEL_GOALS = (
     ModelGoal("models", "swin_unetr96", "inference", "accelerate", ("eager",), 2.0),
     ModelGoal("models", "swin_unetr96", "training", "accelerate", ("eager",), 1.7),
 )
-# The largest allowed peak memory of a training step at shapes.MODEL_GOAL, over that of the best compiled original.
+# The limit of a training step's peak memory at shapes.MODEL_GOAL, divided by the best compiled original's.
 MODEL_MEMORY_GOAL = 0.85
 # Comparisons of models: (suite, model, contestants, modes). The last contestant is accelerated and must not be slower
 # than any other.

@@ -168,7 +168,7 @@ def _merging_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
 
 
 def _merging_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    """Return the bytes moved by the gather and norm, plus those of the Linear's input and output."""
+    """Return the bytes that patch merging moves, forward and backward: the gather, the norm and the Linear."""
     forward, backward = _merging_norm_moved(case, pair)
     z, out = (_merged_tokens(case) * w * pair[1].itemsize for w in (_merged_width(case), 2 * case.channels))
     return forward + z + out, backward + 2 * z + out

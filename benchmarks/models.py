@@ -1,6 +1,6 @@
 """Time models and blocks of other libraries: original, with the library's fast option, and accelerated.
 
-Each is timed eagerly and compiled. Before that, its output and gradients are compared with those of the library's own
+Each contestant is timed eagerly and compiled, after a comparison of its output and gradients with those of the original
 model in float64. Inference runs in the given dtype. Training runs under autocast with float32 weights, as is usual. It
 consists of the forward and backward passes; the optimizer is left out, because its time is the same for all
 contestants.

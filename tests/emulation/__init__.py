@@ -42,6 +42,7 @@ from torch import Tensor
 
 from swinkernels.ops import _arguments
 from swinkernels.ops.window_attention import spec_of
+from swinkernels.testing import WindowAttentionCase, run_case
 from swinkernels.window_spec import WindowSpec
 
 _HERE = Path(__file__).resolve().parent
@@ -576,6 +577,18 @@ class WindowAttentionLibrary(Library):
         """Return the output of a forward pass without lse."""
         call = _Call(self, self.normal_form(qkv, bias_table, **arguments), qkv)
         return call.forward(needs_lse=False)["out"]
+
+    def check_isolation(self, case: WindowAttentionCase) -> None:
+        """Check that infinities in the first window of a map leave all other windows of the same block unchanged."""
+        inputs, width = case.inputs(torch.bfloat16), case.window_tuple[-1]
+        self.configure(multiprocessors=1)
+        expected = run_case(self.window_attention_qkvpacked, inputs, case.arguments())
+        inputs["qkv"][0, :, :width] = torch.inf
+        got = run_case(self.window_attention_qkvpacked, inputs, case.arguments())
+        for name in ("out", "dqkv"):
+            assert got[name][0, :, :width].isnan().any()
+            assert torch.equal(got[name][0, :, width:], expected[name][0, :, width:]), name
+            assert torch.equal(got[name][1:], expected[name][1:]), name
 
     def find_tokens(
         self, size: Sequence[int], window: Sequence[int], shift: Sequence[int], item: int = 0, batch: int = 1

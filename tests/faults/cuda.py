@@ -223,6 +223,12 @@ FAULTS = {
         "if (chunk >= 0) logit_sum",
         _IN_LONG + "test_outputs_and_gradients[v2, seam-torch.float16]",
     ),
+    "cuda-long-logit-scale-of-one-strip": Fault(
+        _ATTENTION + "launch_long_bwd.cuh",
+        "reduction.table_workers = reduction.logit_workers = query_plan.workers * plain.strip_workers;",
+        "reduction.table_workers = (reduction.logit_workers = query_plan.workers) * plain.strip_workers;",
+        _IN_LONG + "test_the_parts_of_dlogit_scale_are_all_added",
+    ),
     "cuda-long-scale-of-keys-past-the-window": Fault(
         _ATTENTION + "bwd_long_sm80.cuh",
         "if (row + e / 2 * 8 >= num_tokens) ds[j][e] = 0.0f;",

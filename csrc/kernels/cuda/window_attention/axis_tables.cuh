@@ -129,8 +129,8 @@ struct AxisBias : RowFragments<__nv_bfloat16, 4 * kAxisColumns> {
   using T = typename Traits::T;
   static constexpr int kStride = kAxisRows;  // floats of a row of products
 
-  // `packed` are the PackedTokens of the queries. The products of the first 8 queries and those of the last 8 are
-  // written to two places, 8 * kStride floats each.
+  // Computes A for 16 queries. `packed` has their PackedTokens. `first_rows` and `last_rows`, 8 * kStride floats each,
+  // are scratch memory for the products of the first and of the last 8 queries.
   __device__ __forceinline__ void set(const RowFragments<T, Traits::kHeadDim>& q, const WindowLayout& layout,
                                       AxisTables<Traits>& tables, const int32_t* packed, float* first_rows,
                                       float* last_rows) {

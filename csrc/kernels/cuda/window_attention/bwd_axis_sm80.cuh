@@ -14,7 +14,7 @@
 
 namespace swinkernels::cuda {
 
-// What the backward kernels pass to each other, and the tables' gradient.
+// The tables, the buffers through which the backward kernels exchange data, and the partial sums of daxis_tables.
 struct AxisArguments {
   const float* tables;
   uint32_t* products;  // A: (queries of all windows and heads, kAxisWords)

@@ -3,8 +3,8 @@
 //
 // Maths     dbias[i, j] = sum over windows of ds_ij, with lse and delta as stored by the other kernel.
 // Tiling    A block processes the same 64 (or 32) queries and as many keys in all of its windows, so that the running
-//           sum stays in registers, 16 queries per warp. The sum for a whole window would not fit into registers; if it
-//           were in memory, its traffic per window would be 12 times that of the window itself, at 343 tokens and
+//           sum stays in registers, 16 queries per warp. The sum for a whole window does not fit into registers. Keeping
+//           it in memory would move 12 times as many bytes per window as q, k, v and dout have, at 343 tokens and
 //           head_dim 16.
 // Order     There are no atomics, as in bwd_sm80.cuh.
 // Traffic   every pair of a block of queries and a block of keys reads its rows of q, dout, k and v, mostly from L2: 4

@@ -209,8 +209,8 @@ __device__ __forceinline__ void copy_unit_rows(const Tile& from, const Tile& to,
   }
 }
 
-// Turns sum, eight columns of the gradient of a unit row of q, into those of the original row (cosine.cuh). Adjacent
-// lanes have the row's other columns. Returns u . d.
+// Replaces `sum`, eight columns of the gradient d of a unit row u of q, with the gradient of the original row
+// (cosine.cuh). Adjacent lanes have the other columns of the row. Returns the dot product of u and d.
 template <class Tile>
 __device__ __forceinline__ float to_chunk_gradient(float (&sum)[8], const Tile& q, int row, int chunk, float inverse,
                                                    float factor) {

@@ -71,8 +71,8 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   static constexpr int kChunks = Base::kHeadDim / 8;  // 16-byte chunks of a tile's row
   static_assert(sizeof(typename Base::T) == 2 && kRowBytes % 16 == 0 && Base::kKeys <= 64);
   static_assert(Base::kForwardStages <= 2 && Base::kBackwardStages <= 2, "their rings have one or two stages");
-  // The number of warps is that of the base class, and the same for eight tiles as for seven, unless registers would be
-  // spilled: in the forward pass with eight tiles without stmatrix, and on Blackwell in all cases except those below.
+  // Eight tiles have as many warps as seven, which have the base class's number. There are fewer where registers would
+  // be spilled: in the forward pass with eight tiles without stmatrix, and on Blackwell except in the cases below.
   // Without stmatrix, there is shared memory for only two blocks of the backward pass.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
   static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // head_dim 32
