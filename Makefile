@@ -9,20 +9,20 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 RESULTS ?= results
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
-# The tests that make coverage runs.
+# The tests that `make coverage` runs.
 TESTS ?= $(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))
-# The branch that make check compares with.
+# The branch that `make check` compares with.
 BASE ?= main
-# The faults to run, by name or prefix.
+# The faults that `make faults` inserts, by name or prefix.
 FAULTS ?=
-# The parts that test-all runs, even if they have run before.
+# The parts that `make test-all` runs, even if they have run before.
 PARTS ?=
-# The benchmarks to run: arguments of python -m benchmarks.
+# The arguments of `python -m benchmarks` in `make bench`.
 BENCH ?= all --quick
-# The number of random calls of sanitize-cpu.
+# The number of random calls in `make sanitize-cpu`.
 CALLS ?= 10000
-# For gpu-check: BUDGET is the time limit in seconds (480 by default), STEPS lists the steps (by default all but three),
-# AGAINST is another _ops library to time for comparison, and REHEARSE=1 runs the steps without a GPU.
+# For `make gpu-check`: BUDGET is the time limit in seconds (480 by default), STEPS lists the steps (by default all but
+# three), AGAINST is another _ops library to time for comparison, and REHEARSE=1 runs the steps without a GPU.
 BUDGET ?=
 STEPS ?=
 AGAINST ?=
@@ -30,8 +30,8 @@ REHEARSE ?=
 
 export MAX_JOBS
 
-# CUDA kernels take minutes to compile on two cores. They are built on a machine with a GPU, for the tests, with
-# CUDA=1, and if an earlier build contains them.
+# CUDA kernels take minutes to compile on two cores. They are built if the machine has a GPU, if an earlier build
+# contains them, or if CUDA=1, which `make test` and `make test-all` set.
 CUDA ?= $(if $(or $(shell nvidia-smi -L 2> /dev/null | grep GPU),$(wildcard build/temp.*/csrc/kernels/cuda)),1)
 SWINKERNELS_BUILD ?= $(if $(CUDA),auto,cpu)
 kernels = $(if $(filter cpu,$(SWINKERNELS_BUILD)),CPU kernels; CUDA=1 adds the CUDA kernels,CPU and CUDA kernels)
@@ -106,8 +106,8 @@ build: $(torch_stamp)
 demo: build
 	@$(in_venv) $(run) -m swinkernels.demo
 
-# One thread per process: with more threads, which wait for each other, the tests take three times as much CPU time;
-# tests of threading set the number themselves. `long` marks sweeps, and tests that build or install for minutes.
+# One OpenMP thread per process: threads that wait for each other triple the CPU time of the tests. Tests of threading
+# set the number themselves. `long` marks sweeps, and tests that build or install for minutes.
 test: CUDA = 1
 test: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not long' $(PYTEST_ARGS)
@@ -146,7 +146,7 @@ coverage: $(dev_stamp)
 	@echo 'The lines: build/coverage/package.txt, build/coverage/kernels.txt'
 	@$(MAKE) --no-print-directory build
 
-# The tests stop after half a minute; the remaining tests are skipped and reported.
+# No test starts after half a minute; the remaining tests are skipped and reported.
 check: lint types build
 	@tests=$$($(run) tests/changed.py --since $(BASE)) && echo "tests: $$tests" && \
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n 2 --dist worksteal -q -m 'not slow and not long and not gpu' \
@@ -177,7 +177,7 @@ gpu := $(PYTHON) -m gpu check --out $(RESULTS) --against "$(AGAINST)" $(if $(REH
 gpu-check:
 	$(gpu) $(if $(BUDGET),--budget $(BUDGET)) $(if $(STEPS),--steps $(STEPS))
 
-# For sm_90 unless TORCH_CUDA_ARCH_LIST is set: a bundle for three architectures would exceed 40 MiB.
+# For sm_90 unless TORCH_CUDA_ARCH_LIST is set. A bundle above 40 MiB is an error.
 gpu-bundle:
 	SWINKERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m gpu bundle
@@ -195,8 +195,9 @@ gpu-variants:
 sanitize:
 	$(gpu) --whole --steps info,sanitize
 
-# Builds in a separate folder. Python's own flags make signed overflow wrap, which would hide it, hence -fno-wrapv.
-# Leaks are not detected, because torch does not free all memory; libstdc++ must be loaded before the first exception.
+# Builds in a separate folder. Python's compiler flags make signed overflow wrap, so that UBSan does not report it;
+# hence -fno-wrapv. Leaks are not detected, because torch does not free all memory. libstdc++ must be loaded before the
+# first exception.
 sanitizers := -fsanitize=address,undefined
 sanitized := $(sanitizers) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv
 cxx_library = $(shell $(or $(CXX),c++) -print-file-name=$(1))

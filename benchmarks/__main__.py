@@ -219,7 +219,10 @@ def run(tasks: Sequence[Task], device: torch.device, out: Path) -> dict[str, Row
 
 
 def why_no_kernel(wanted: Sequence[str], device: torch.device) -> str | None:
-    """Return the reason why no kernel of this package can run on a device, or None if one can or none is wanted."""
+    """Return why no kernel of this package can run on ``device``.
+
+    The result is None if a kernel can run, or if ``wanted`` names contestants but none that uses a kernel.
+    """
     ours = (*attention.OURS, *models.OURS, "window")
     reasons = attention.kernels(device)
     if None in reasons.values() or (wanted and not set(wanted) & set(ours)):

@@ -57,7 +57,7 @@ MOST_SCORES_ON_CPU = 150_000_000
 
 
 def to_verify(case: WindowAttentionCase, device: torch.device) -> WindowAttentionCase:
-    """Shrink a case to at most two images and, on a CPU, to fewer windows until its scores fit MOST_SCORES_ON_CPU."""
+    """Return the case with at most two images and, on a CPU, fewer windows if its scores exceed MOST_SCORES_ON_CPU."""
     case, window = shapes.with_batch(case, 2), case.window_tuple
     while device.type == "cpu" and formulas.core_flops(case)["fwd"] // (4 * case.head_dim) > MOST_SCORES_ON_CPU:
         windows = [s // w for s, w in zip(case.size, window, strict=True)]
@@ -73,9 +73,11 @@ def to_verify(case: WindowAttentionCase, device: torch.device) -> WindowAttentio
 def verify(
     name: str, case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, eps: float | None = None
 ) -> tuple[bool, float]:
-    """Check output and gradients on at most two images; return True if correct, and the worst RMS error in eps.
+    """Check the output and the gradients of a contestant on at most two images.
 
-    For our backends, the errors must also be within the error budget of the tests.
+    Returns whether they are correct, and their worst RMS error in units of ``eps`` (default: the dtype's). Our backends
+    are correct if their errors are within the error budget of the tests; the others are judged by
+    :func:`contest.compare`.
     """
     case = to_verify(case, device)
     op = make_op(name, case, dtype, device)

@@ -100,9 +100,9 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
 
 
 def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], float]:
-    """For each shape and dtype, return the time of the fastest other implementation, divided by our fastest time.
+    """Return the time of the fastest other implementation of window attention divided by our fastest time.
 
-    Both are times of window attention in this direction.
+    The keys are (shape, dtype). All times are for ``direction``.
     """
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in _right(rows, "ops"):
@@ -184,7 +184,7 @@ def _attention_roofline(found: Sequence[Row], axis: Any) -> None:
 
 
 def _percents(found: Sequence[Row], axis: Any) -> None:
-    """Draw one line per op and direction, with a point at the percentage of the roofline for each shape and dtype."""
+    """Draw the percentages of the roofline: one line per op and direction, one point per shape, dtype and backend."""
     lines = list(dict.fromkeys((row["op"], row["direction"]) for row in found))
     for name in dict.fromkeys(row["backend"] for row in found):
         points = [
@@ -268,7 +268,7 @@ def scalings(rows: Sequence[Row], path: Path) -> None:
 
 
 def complexity(rows: Sequence[Row], path: Path) -> None:
-    """Plot the measured time of whole layers against the number of tokens, with the scaled formulas of the paper."""
+    """Plot the time of whole layers against the number of tokens, with the paper's formulas scaled to the last time."""
     c, w = shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_WINDOW
     omega: dict[str, Callable[[int], int]] = {
         "global": lambda side: formulas.msa_multiply_adds(side, side, c),

@@ -14,15 +14,15 @@ from typing import Any
 
 from benchmarks import record
 
-# The smallest relative change of a median that counts. Even on a quiet machine, medians of separate runs differ by more
-# than the times within one run.
+# The smallest relative change of a median that is reported. Even on a quiet machine, the medians of separate runs
+# differ by more than the times within one run.
 REPEATS_TO = 0.05
 # The fraction by which a kernel's instructions may exceed the baseline.
 GROWTH = 0.02
 
 
 def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row per measurement in both files: the ratio of the medians, and a verdict.
+    """Return one row per measurement that is in both ``before`` and ``after``: the ratio of its medians and a verdict.
 
     "slower" or "faster" means that the ranges from the 20th to the 80th percentile are disjoint and the medians differ
     by more than 5 %. If a result is no longer correct, the verdict is "WRONG" or "FAILED", regardless of the time.
@@ -79,7 +79,7 @@ def main(before: Path, after: Path) -> int:
 
 
 class NoBaselineError(Exception):
-    """The baseline has no row to compare any count with."""
+    """The baseline has no row for any of the counts."""
 
 
 def read_baseline(path: Path) -> list[dict[str, str]]:
@@ -91,7 +91,7 @@ def read_baseline(path: Path) -> list[dict[str, str]]:
 
 
 def write_baseline(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace the rows of this compiler in the file, and keep the rows of other compilers."""
+    """Write ``rows`` into the file, in place of its rows for the same compilers; keep those for other compilers."""
     compilers = {row["compiler"] for row in rows}
     kept = [row for row in read_baseline(path) if row["compiler"] not in compilers]
     with path.open("w", newline="") as file:
@@ -114,8 +114,9 @@ def grown(
 ) -> list[str]:
     """Return one line of text for each row whose count exceeds its baseline by more than the fraction ``most``.
 
-    A row's baseline is the row with the same ``keys``. If rows have ``of_functions``, the line also names the functions
-    that grew. Raises NoBaselineError if no row has a baseline.
+    ``count`` is the column to compare. A row is compared with the row of ``baseline`` that has the same values in the
+    columns ``keys``. If rows have a column ``of_functions``, the line also names the functions that grew. Raises
+    NoBaselineError if no row has a baseline.
     """
     before = {tuple(str(row[key]) for key in keys): row for row in baseline}
     lines, compared = [], 0

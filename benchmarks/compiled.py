@@ -22,7 +22,7 @@ class Missing(Exception):
 
 
 def tool(name: str) -> str:
-    """Return the path of a program of the CUDA toolkit, or of Triton's copy of the program."""
+    """Return the path of a program of the CUDA toolkit, or of the copy in the triton package."""
     folders = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
@@ -35,7 +35,7 @@ def tool(name: str) -> str:
 
 
 def missing(*names: str) -> str | None:
-    """Return an error message if one of these programs is missing, or None."""
+    """Return an error message that names the first missing program of ``names``, or None if none is missing."""
     try:
         for name in names:
             tool(name)
@@ -83,7 +83,7 @@ def command(root: Path, arch: str, source: Path, out: Path) -> list[str]:
 
 
 def compile_one(root: Path, arch: str, source: Path) -> Path:
-    """Return the path of a source's object file, compiling it unless the cache has an object of the same text."""
+    """Return the path of a source's object file; compile it unless the cache has one for this source and headers."""
     cache = Path(tempfile.gettempdir()) / f"swinkernels-compiled-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     key = hashlib.sha256(repr((compiler(), arch, command(Path(), arch, Path(source.name), Path()))).encode())

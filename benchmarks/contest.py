@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 ROUNDS = 3  # rounds on a GPU; in each, the contestants take turns
 SECONDS, QUICK_SECONDS = 1.5, 0.3  # time per contestant and direction on a CPU
-Op = Callable[..., Any]  # (**tensors) -> a tensor or several
+Op = Callable[..., Any]  # (**tensors) -> a tensor or a tuple of tensors
 # (contestant, number of input sets) -> the calls to time in each direction; a direction may be missing.
 MakeCalls = Callable[[str, int], dict[str, Call]]
 
@@ -51,7 +51,7 @@ def _rms(x: Tensor) -> float:
 def compare(
     got: Mapping[str, Tensor], exact: Mapping[str, Tensor], single: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Return whether the results agree with ``exact``, and their worst RMS error in units of ``eps``.
+    """Return whether the results ``got`` agree with ``exact``, and their worst RMS error in units of ``eps``.
 
     A result is wrong if its error exceeds 16 eps plus four times the error of the float32 reference (``single``). The
     bound allows for plain PyTorch code that rounds intermediates. Correct code stays far below it; a wrong index, mask
@@ -81,16 +81,17 @@ CONSTANTS = ("drop_path_scale",)  # inputs that need no gradient
 
 
 def leaves_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the inputs as leaves for autograd."""
+    """Return copies of the inputs as leaf tensors that require a gradient, apart from CONSTANTS."""
     return {k: x.detach().clone().requires_grad_(k not in CONSTANTS) for k, x in inputs.items()}
 
 
 def make_calls(
     op: Op, sets: Sequence[Mapping[str, Tensor]], gradients: Sequence[Sequence[Tensor]], *, bare_backward: bool
 ) -> dict[str, Call]:
-    """Make the call to time for each direction, from sets of inputs and the gradients of their results.
+    """Return the call to time for each direction.
 
-    The backward pass is timed alone only if it is a single op of this package (``bare_backward``).
+    ``sets`` are sets of inputs, and ``gradients`` the output gradients for each set. The backward pass is timed alone
+    only if it is a single op of this package (``bare_backward``).
     """
     leaves = [leaves_of(inputs) for inputs in sets]
 
@@ -138,7 +139,10 @@ def time_copy(total: int, timer: GraphTimer, device: torch.device) -> Timing:
 def run(
     contest: Contest, device: torch.device, names: Iterable[str], *, seconds: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return one row per contestant and direction; on a CPU each is timed for ``seconds``."""
+    """Verify and time the contestants; return one row per contestant and direction.
+
+    On a CPU, each contestant is timed for ``seconds`` per direction.
+    """
     total = contest.moved
     count = input_sets(total["fwd"], device)
     timer = GraphTimer(device) if device.type == "cuda" else None

@@ -48,7 +48,7 @@ class Missing(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of the kernels, on a map with fewer windows than in the stages of Swin."""
+    """The arguments of a call of the kernels, on a small map."""
 
     name: str
     size: tuple[int, int, int]
@@ -112,7 +112,7 @@ def objects() -> list[Path]:
 
 
 def compiler(path: Path) -> str:
-    """Return the compiler that an object file names, and the machine's architecture."""
+    """Return the compiler named in the .comment section of an object file, and the machine's architecture."""
     comments = re.findall(r"\[ *[0-9a-f]+\]\s+(.+)", _output(_tool("readelf"), "-p", ".comment", path))
     return f"{'; '.join(sorted({*comments}))}, {os.uname().machine}"
 
@@ -134,7 +134,7 @@ def short_name(function: str) -> str:
 
 
 def own_costs(dump: str) -> Counter[str]:
-    """Parse callgrind's file; return instruction counts by short name, without those of called functions."""
+    """Return the instruction counts in callgrind's output by short function name, without those of callees."""
     names: dict[str, str] = {}
     costs: Counter[str] = Counter()
     function, skips = "", False
@@ -174,7 +174,10 @@ def count_avx2(of: Sequence[Path], calls: Sequence[tuple[str, Case, str]]) -> It
 
 
 def innermost_loops(instructions: Sequence[tuple[int, str]]) -> list[int]:
-    """Return the instruction count of each innermost loop of a function, given as (address, text) pairs."""
+    """Return the instruction count of each innermost loop of a function.
+
+    ``instructions`` are the function's instructions, as (address, text) pairs.
+    """
     addresses = [address for address, _ in instructions]
     ends: dict[int, int] = {}  # end of each loop, by the address of its first instruction
     for address, text in instructions:
@@ -224,7 +227,7 @@ def _row(arch: str, kernel: str, case: str, costs: Counter[str], of: str) -> dic
 
 
 def count(arch: str) -> list[dict[str, Any]]:
-    """Return rows for the calls of the AVX2 kernels, or for the loops of the AVX-512 kernels."""
+    """Return the rows for ``arch``: one per call ("avx2"), or the numbers and lengths of innermost loops ("avx512")."""
     if os.uname().machine != "x86_64":
         raise Missing(f"{arch} kernels exist only for x86_64, and this machine is {os.uname().machine}")
     found = objects()

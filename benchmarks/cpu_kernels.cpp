@@ -36,7 +36,7 @@ class Numbers {
     for (float& x : all) x = next();
     return all;
   }
-  // Returns `count` random elements of a dtype, as bytes.
+  // Returns the bytes of `count` random elements.
   std::vector<char> elements(DType dtype, int64_t count) {
     const std::size_t item = dtype == DType::kFloat32 ? 4 : 2;
     std::vector<char> all(static_cast<std::size_t>(count) * item);

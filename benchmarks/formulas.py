@@ -23,7 +23,7 @@ def window_msa_multiply_adds(height: int, width: int, channels: int, window: int
 
 
 def core_bytes(case: WindowAttentionCase, itemsize: int) -> dict[str, int]:
-    """Return the bytes moved for maps (B, *S, C): forward reads 3 and writes 1, backward reads 4 and writes 3."""
+    """Return the bytes moved: forward reads 3 maps (B, *S, C) and writes 1, backward reads 4 and writes 3."""
     one = case.batch * math.prod(case.size) * case.num_heads * case.head_dim * itemsize
     return {"fwd": 4 * one, "bwd": 7 * one, "fwd+bwd": 11 * one}
 

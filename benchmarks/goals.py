@@ -17,7 +17,7 @@ class AttentionGoal(NamedTuple):
     # Speed as a multiple of the fastest peer's: forward, and forward and backward together.
     peers_fwd: float
     peers_both: float
-    unit: str = "% of copy"  # of fwd and bwd: % of a device copy's speed (minimum), or us (maximum)
+    unit: str = "% of copy"  # unit of fwd and bwd: % of a device copy's speed (minimum), or us (maximum)
 
 
 ATTENTION_GOALS = {
@@ -49,8 +49,8 @@ MEMORY_GOALS = {
     ("residual_post_norm", "fwd"): 88.0,
     ("residual_post_norm", "bwd"): 75.0,
 }
-# The minimum speed of each of these ops, and of the whole patch merging, as a multiple of a peer's speed. A peer's
-# backward pass is not timed alone, so the forward and backward passes are compared together.
+# The minimum speed of each op in PEER_OPS, as a multiple of each peer's. A peer's backward pass is not timed alone, so
+# the forward and backward passes are compared together.
 PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
 PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
 PEER_DIRECTIONS = ("fwd", "fwd+bwd")
@@ -81,7 +81,7 @@ MODEL_GOALS = (
     ModelGoal("models", "swin_unetr96", "inference", "accelerate", ("eager",), 2.0),
     ModelGoal("models", "swin_unetr96", "training", "accelerate", ("eager",), 1.7),
 )
-# The limit of a training step's peak memory at shapes.MODEL_GOAL, divided by the best compiled original's.
+# The maximum peak memory of a training step at shapes.MODEL_GOAL, as a multiple of the best compiled original's.
 MODEL_MEMORY_GOAL = 0.85
 # Comparisons of models: (suite, model, contestants, modes). The last contestant is accelerated and must not be slower
 # than any other.
@@ -96,7 +96,7 @@ MODEL_CONTESTS = (
 
 
 def of_time(row: Mapping[str, Any]) -> float | None:
-    """Return the goal for a row of our kernels (minimum percentage of a copy, or maximum us), or None."""
+    """Return the goal for a row of our kernels: a minimum % of a copy's speed, a maximum in us, or None for no goal."""
     op, shape, backend, direction = (row[k] for k in ("op", "shape", "backend", "direction"))
     if direction not in ("fwd", "bwd"):
         return None
@@ -150,7 +150,7 @@ def _time(row: dict[str, Any] | None) -> float | None:
 
 
 def _best(rows: Iterable[dict[str, Any] | None], column: str = "median_us") -> float | None:
-    """Return the smallest value among the correct rows, or None if any row has not been measured."""
+    """Return the smallest value of ``column`` in the correct rows, or None if any row is missing or none is correct."""
     found = list(rows)
     values = [row[column] for row in found if row is not None and row["result"] == "ok" and row[column] is not None]
     return min(values) if values and None not in found else None

@@ -36,12 +36,12 @@ through more than the L2 cache.
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read the lines of a run, and leave out an incomplete last line."""
+    """Return the lines of a run's file, without an incomplete last line."""
     return [json.loads(text) for text in path.read_text().splitlines(keepends=True) if text.endswith("\n")]
 
 
 def read(results: Path) -> Runs:
-    """Read the runs in the subfolders of ``results``, except rehearsals; the newest run is last."""
+    """Return the runs in the subfolders of ``results``, oldest first, without rehearsals."""
     runs = []
     for path in sorted(results.glob("*/*.jsonl")):
         lines = read_lines(path)
@@ -62,7 +62,7 @@ def kernels() -> Iterable[tuple[str, str, str]]:
 
 
 def _newest(runs: Runs, **labels: str) -> list[Line]:
-    """Return the lines with these labels from the newest run that has at least one, or none."""
+    """Return the lines with the given labels from the newest run that contains any, or an empty list."""
     for lines in reversed(runs):
         found = [x for x in lines if all(x.get(k) == v for k, v in labels.items())]
         if found:
@@ -71,7 +71,7 @@ def _newest(runs: Runs, **labels: str) -> list[Line]:
 
 
 def _verdict(lines: Sequence[Line]) -> str:
-    """Return the verdict on one kernel in one direction, given the lines of its cases."""
+    """Return the verdict on a kernel in one direction; ``lines`` are the results of its cases."""
     if not lines:
         return NOT_YET
     where = f"{lines[0].get('device', 'unknown')}, commit {lines[0]['commit']}"
@@ -84,7 +84,7 @@ def _verdict(lines: Sequence[Line]) -> str:
 
 
 def _percent(runs: Runs, op: str, backend: str, dtype: str) -> str:
-    """Return the speed as a percentage of a copy's, forward / backward, each at the first shape with a valid time."""
+    """Return a kernel's speed in % of a copy's, forward / backward, each at the first shape with a valid time."""
     cells = []
     for direction in DIRECTIONS:
         found = _newest(runs, step="time", op=op, backend=backend, dtype=dtype, direction=direction, build="shipped")
@@ -112,7 +112,7 @@ def page_text(runs: Runs) -> str:
 
 
 def _shown(runs: Runs, step: str) -> list[Line]:
-    """Return the lines with a valid time of the shipped build, from the newest run of a step."""
+    """Return the shipped build's lines with valid times, from the newest run that contains ``step``."""
     found = _newest(runs, step=step)
     return [x for x in found if "us" in x and x["result"] == "ok" and x.get("build", "shipped") == "shipped"]
 
@@ -149,7 +149,7 @@ def _models(runs: Runs) -> str:
 
 
 def _goals(runs: Runs) -> str:
-    """Return the measured goals with their verdicts."""
+    """Return a table of the goals that were measured and their verdicts, or an empty string if there are none."""
     rows = [
         {
             "goal": x["goal"],
@@ -164,7 +164,10 @@ def _goals(runs: Runs) -> str:
 
 
 def readme_text(runs: Runs) -> str:
-    """Return the README's sentence about the speed of window attention on CUDA in bfloat16, if it was measured."""
+    """Return the README's sentence about the speed of window attention on CUDA in bfloat16.
+
+    If it was not measured, the sentence says that no kernel has been timed.
+    """
     shown = [x for x in _shown(runs, "time") if x["backend"] == "cuda" and x["op"] == "window_attention"]
     shown = [x for x in shown if x["unit"] == "% of copy" and x["dtype"] == "bfloat16"]
     if not shown:

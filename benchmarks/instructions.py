@@ -13,11 +13,15 @@ arguments. The counts in ``instructions.csv`` are
 Seam windows, padded windows and other arguments are separate cases. Counts of different nvcc versions are not
 comparable.
 
-Derived times are lower bounds, each from one unit of the device, for the windows of ``--windows`` (default: the first
-stage of Swin-T at batch 128), at the published clock: one instruction per cycle and scheduler, evenly spread
-(``issue``) or by warp number (``scheduler``, the busiest one); 16 transcendental functions per cycle and
-multiprocessor; the matrix units' peak; one pass over the 32 banks of shared memory per cycle; the bytes of the maps at
-the published bandwidth.
+The times are lower bounds for ``--windows`` windows times heads (default: the first stage of Swin-T at batch 128), at
+the published clock. Each is derived from one unit of the device:
+
+* ``issue_us``: one instruction per cycle and scheduler, if the instructions are spread evenly over the schedulers;
+* ``scheduler_us``: the busiest scheduler, if the warps are assigned to the schedulers in rotation;
+* ``mufu_us``: 16 transcendental functions per cycle and multiprocessor;
+* ``matrix_us``: the peak rate of the matrix units;
+* ``shared_us``: one pass over the 32 banks of shared memory per cycle and multiprocessor;
+* ``bytes_us``: the bytes of the maps at the published bandwidth.
 """
 
 from __future__ import annotations
@@ -144,7 +148,10 @@ DEVICES = {
 
 
 def blocks_per_multiprocessor(device: Device, registers: int, shared_bytes: int, warps: int) -> int:
-    """Return the number of resident blocks. A warp gets registers in units of 256, from one of four schedulers."""
+    """Return the number of resident blocks per multiprocessor.
+
+    Registers are allocated to warps in units of 256, and each of the four schedulers has a quarter of them.
+    """
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 4 * (16384 // of_warp) // warps
     by_shared = device.shared_bytes // (-(-shared_bytes // 1024) * 1024 + 1024)
@@ -162,7 +169,7 @@ class Kernel(NamedTuple):
 
 
 def _read_parameters(path: Path) -> dict[str, tuple[int, tuple[tuple[int, int], ...]]]:
-    """Find, for each kernel in a cubin, the start of its parameters in the constant bank, their offsets and bytes."""
+    """Return, for each kernel in a cubin, its parameters' start in the constant bank, and their offsets and sizes."""
     data = path.read_bytes()
     (table,) = struct.unpack_from("<Q", data, 40)
     count, names = struct.unpack_from("<HH", data, 60)
@@ -183,7 +190,7 @@ def _read_parameters(path: Path) -> dict[str, tuple[int, tuple[tuple[int, int], 
         while at < end:
             form, attribute, inline = struct.unpack_from("<BBH", data, at)
             at += 4
-            if form != 4:  # the value is the two bytes themselves
+            if form != 4:  # the value is in the two bytes already read
                 continue
             body = data[at : at + inline]
             at += inline
@@ -197,7 +204,7 @@ def _read_parameters(path: Path) -> dict[str, tuple[int, tuple[tuple[int, int], 
 
 
 class Build:
-    """The objects of one direction and type for one architecture, compiled from a checkout's csrc/."""
+    """The kernels of one direction and dtype for one architecture, compiled from a checkout's csrc/."""
 
     def __init__(self, source: Path, arch: str, direction: str, dtype: str):
         instantiation = re.compile(r"(fwd|bwd)_.*?(half|bfloat16|tf32|float)$")
@@ -282,7 +289,7 @@ class Counted(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """The result of one call: counts by kernel, and arrays by argument."""
+    """The result of one call: counts by kernel name, and the arrays of its arguments by name."""
 
     counts: dict[str, Counted]
     arrays: dict[str, np.ndarray]
@@ -297,7 +304,11 @@ def run(
     size: Sequence[int] | None = None,
     fill: dict[str, np.ndarray] | None = None,
 ) -> Run:
-    """Run a call on one block per head, on a map of `windows` windows along its second axis, and count."""
+    """Run a call with one head on a device with room for a single block; return its counts and its arrays.
+
+    The map has ``windows`` windows along its second axis unless ``size`` is given. ``fill`` has the initial values of
+    arrays by name; the other arrays are zero.
+    """
     window = (*(1,) * (3 - len(case.window)), *case.window)
     size = tuple(size) if size else (window[0], window[1] * windows, window[2])
     call = _Call(batch=batch, num_heads=1, head_dim=case.head_dim, multiprocessors=1, blocks_per_multiprocessor=1)
@@ -434,7 +445,7 @@ def _short_name(mangled: str) -> str:
 
 
 def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOWS) -> dict[str, Any]:
-    """Return one row of the CSV."""
+    """Return the CSV row of a case. The derived times are for ``windows`` windows times heads."""
     try:
         counted = per_window(build, case)
     except sass.Fault:
@@ -465,7 +476,7 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
         for warp, executed in enumerate(per_warp):
             schedulers[(resident * warps + warp) % 4] += executed / 4
     busiest = float(schedulers.max()) + (total - float(per_warp.sum())) / 4
-    cycles = windows / device.multiprocessors / device.ghz * 1e-3  # microseconds for one cycle of every window
+    cycles = windows / device.multiprocessors / device.ghz * 1e-3  # microseconds if each window takes one cycle
     passes = sum(float(c.passes.sum()) for c in counted.values())
     return {
         "arch": build.arch,
@@ -525,11 +536,14 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 class NoBaseline(Exception):
-    """The baseline has no row for this compiler."""
+    """The baseline has no row for any of the counts."""
 
 
 def grown(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], most: float = GROWTH) -> list[str]:
-    """Return a line for each row that grew by more than `most`; raise NoBaseline if nothing can be compared."""
+    """Return a line for each row that exceeds its baseline by more than the fraction ``most``.
+
+    Raises NoBaseline if no row has a baseline.
+    """
     before = {tuple(str(row[key]) for key in (*_KEYS, "compiler")): int(row["per_window_head"]) for row in baseline}
     found, compared = [], 0
     for row in rows:
@@ -550,7 +564,7 @@ def grown(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], mo
 
 
 def merged(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the baseline, with ``rows`` in place of its rows with the same keys and compiler."""
+    """Return ``baseline`` and ``rows``, sorted; ``rows`` replace baseline rows with the same keys and compiler."""
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[k]) for k in (*_KEYS, "compiler"))

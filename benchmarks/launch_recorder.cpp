@@ -112,7 +112,7 @@ swinkernels::WindowAttentionBackwardParams backward_params(const Call& call) {
 
 extern "C" {
 
-// Each function runs one call and returns the status of its launch function.
+// Runs one call and returns the status of its launch function.
 int record_forward(const Call* call, Report to) {
   report = to;
   current = call;

@@ -30,7 +30,7 @@ PAIRS = {
     "float32-bfloat16": (torch.float32, torch.bfloat16),
 }
 Pair = tuple[torch.dtype, torch.dtype]
-Op = Callable[..., Any]  # (**tensors) -> a tensor or several
+Op = Callable[..., Any]  # (**tensors) -> a tensor or a tuple of tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Bench:
     inputs: Callable[[MapCase, Pair], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # name -> shape and dtype
     ours: Callable[[MapCase, Pair, str], Op]  # by backend
     peer: Callable[[MapCase, Pair], Op]
-    exact: Callable[[MapCase], Op]  # on inputs in the dtype of the arithmetic
-    moved: Callable[[MapCase, Pair], tuple[int, int]]  # bytes forward and backward
+    exact: Callable[[MapCase], Op]  # the reference; its inputs have the dtype to compute in
+    moved: Callable[[MapCase, Pair], tuple[int, int]]  # bytes moved forward and backward
     bare_backward: bool = True  # the backward pass is one op
 
 
@@ -153,7 +153,7 @@ def _residual_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
 
 
 def _drop_path_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    # The gradient of the branch is scaled, so it is written in addition to the stream's gradient.
+    # The branch's gradient is scaled, so it is written in addition to the residual stream's gradient.
     return _bytes(case, pair, pair), _bytes(case, (pair[0], pair[1], pair[0]), pair)
 
 
@@ -275,7 +275,7 @@ BENCHES: dict[str, Bench] = {
         lambda case: reference.residual_layer_norm,
         _residual_moved,
     ),
-    "residual_layer_norm_drop_path": Bench(  # as in training: every fifth branch is dropped, the others are scaled up
+    "residual_layer_norm_drop_path": Bench(  # as in training: drops every fifth sample's branch and scales the others
         "residual_layer_norm",
         _drop_path_inputs,
         lambda case, pair, b: (
@@ -365,7 +365,7 @@ def judge(
 ) -> tuple[bool, float, dict[str, testing.Judged]]:
     """Check results and gradients on at most two images.
 
-    Returns True if they are correct, the worst RMS error in eps of the narrower dtype and, for our ops, a verdict on
+    Returns whether they are correct, the worst RMS error in eps of the narrower dtype and, for our ops, a verdict on
     each result by the error budget of the tests. Ops that contain torch's Linear are exempt from this budget.
     """
     case = shapes.with_batch(case, 2)

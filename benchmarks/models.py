@@ -45,7 +45,7 @@ class Subject:
 
 
 def build(case: ModelCase, fused: bool = False) -> nn.Module | None:
-    """Make the library's model with seeded weights; return None if ``fused`` and the library has no fast option."""
+    """Build the library's model with seeded weights; return None if ``fused`` and the library has no fast option."""
     torch.manual_seed(record.SEED)
     model = _BUILDERS[case.library](case, fused)
     if model is None:
@@ -114,9 +114,10 @@ def images(case: ModelCase) -> Tensor:
 
 
 def subject(case: ModelCase, kind: str, path: str = "", batch: int | None = None) -> Subject | None:
-    """Make a model, or its module at ``path``, with inputs, on a CPU in float32.
+    """Build a contestant's model, or its module at ``path``, with inputs, on a CPU in float32.
 
-    The images, or the tensor that the module at ``path`` receives, are repeated to a batch of ``batch``.
+    The images, or the tensor that the module at ``path`` receives, are repeated to a batch of ``batch``. The result is
+    None if ``kind`` is "fused" and the library has no fast option.
     """
     model = build(case, fused=kind == "fused")
     if model is None:
@@ -138,7 +139,7 @@ def subject(case: ModelCase, kind: str, path: str = "", batch: int | None = None
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
-    """Repeat a tensor along the batch."""
+    """Repeat a tensor along its batch axis."""
     return x.repeat(times, *(1,) * (x.dim() - 1))
 
 
@@ -155,7 +156,10 @@ def _moved(x: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def prepare(subject: Subject, device: torch.device, dtype: torch.dtype, mode: str, how: str) -> Callable[[], Any]:
-    """Make one step of inference or training, which returns the output and, in training, all gradients."""
+    """Return a function that runs one step of inference or training.
+
+    The function returns the output and, in training, the gradients of the input and the parameters.
+    """
     training = mode == "training"
     wide = torch.promote_types(dtype, torch.float32) if training else dtype  # autocast keeps weights in float32
     module = copy.deepcopy(subject.module).to(device, wide).eval()  # without dropout, because results are compared
@@ -186,7 +190,7 @@ def prepare(subject: Subject, device: torch.device, dtype: torch.dtype, mode: st
 
 
 def _flat(result: Any) -> dict[str, Tensor]:
-    """Return the results by name, in float64 on the CPU."""
+    """Return the tensors of a step's result by name, in float64 on the CPU."""
     if isinstance(result, Tensor):
         return {"out": result.double().cpu()}
     out, dx, grads = result
@@ -216,7 +220,7 @@ def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, 
 
 
 def repeated(found: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
-    """Return the results that a step would have if its images were repeated ``times``: the loss is a mean."""
+    """Return the results of a step for ``times`` copies of its images. The loss is a mean over all of them."""
     of_images = {"out": 1.0, "input": 1.0 / times}
     return {k: _repeat(x, times) * of_images[k] if k in of_images else x for k, x in found.items()}
 
@@ -227,7 +231,7 @@ ALLOWED_EPS = 16.0
 def judge(
     got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Return True if no error exceeds 16 eps plus twice the plain model's error, and the worst error in eps."""
+    """Return whether every error is at most 16 eps plus twice the plain model's, and the worst error in eps."""
     mine, theirs = errors(got, exact), errors(plain, exact)
     right = all(mine[k] <= 2 * theirs[k] + ALLOWED_EPS * eps for k in mine)
     return right, max(mine.values()) / eps
@@ -253,7 +257,7 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """Return one row per contestant and mode for a model, or for a block in ``shapes.BLOCKS``.
 
-    A batch repeats one or two images, so that the step that is checked is also the step that is timed.
+    A batch consists of copies of one or two images, so the exact results of the timed step follow from a small step.
     """
     of, path = BLOCKS.get(name, (name, ""))
     case = dataclasses.replace(MODELS[of], batch=batch or MODELS[of].batch)
@@ -336,5 +340,5 @@ def _prepared(
 
 
 def _without_sets(step: Callable[[], Any]) -> Call:
-    """Wrap a step as a Call that ignores the number of the input set."""
+    """Wrap a step as a Call that ignores the index of the input set."""
     return lambda i: step()

@@ -5,9 +5,9 @@ code and the first two with torch.compile. PUBLISHED contains published times of
 run.
 
 This module was written from the published code, independently of the reference, so that the two share no mistake. Index
-and mask tensors are made once, because the models store them in buffers. The bias table and v2's factor are cast to the
-dtype of the model, in which its weights are stored. v2's bias table is an input, because the MLP and the sigmoid that
-produce it run before the attention core in every model.
+and mask tensors are created once, because the models store them in buffers. The bias table and v2's exp(logit_scale)
+are cast to the dtype of the model's weights. v2's bias table is an input, because the MLP and the sigmoid that produce
+it run before the attention core in every model.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def is_installed(kind: str) -> bool:
 
 
 def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, kind: str) -> Peer:
-    """Make the attention core for one case: eager, as in timm, Microsoft's code and MONAI, or with another kernel.
+    """Build the attention core for one case: eager, as in timm, Microsoft's code and MONAI, or with another kernel.
 
     All kinds compute the gradient of the table. SDPA and cuEquivariance get the bias as a tensor, and FlexAttention's
     score_mod reads it.
@@ -127,7 +127,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         q, k, scale = cosine(q, k, logit_scale)
         if mask is None or bias is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        # Fold the windows of an image into the axis of the heads, so that all images use one mask without copies.
+        # Fold the windows of an image into the head axis, so that all images use one mask without copies.
         folded = (bias + mask.unsqueeze(1)).view(1, -1, n, n)
         q, k, v = (x.reshape(-1, folded.shape[1], n, head_dim) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=folded, scale=scale).view(-1, heads, n, head_dim)
@@ -196,7 +196,7 @@ def _frame(size: Sequence[int], window: Sequence[int]) -> list[int]:
 
 
 def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Pad a map with zeros at the end of each axis. As in published code, a map of this size is not copied."""
+    """Pad a map with zeros at the end of each axis. As in published code, a map that needs no padding is not copied."""
     if tuple(size) == x.shape[1:-1]:
         return x
     widths = [n for p, s in zip(reversed(size), reversed(x.shape[1:-1]), strict=True) for n in (0, p - s)]
@@ -254,7 +254,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 
 
 def against_published(rows: Sequence[Mapping[str, Any]], backend: str = "cuda") -> list[dict[str, Any]]:
-    """Return the speed of a backend's correct 16-bit results as a multiple of the speed in PUBLISHED, and the goal."""
+    """Return the verdicts on the goals in PUBLISHED, from the correct 16-bit rows of a backend."""
     return [
         {
             "goal": f"{row['direction']} at {row['shape']} against FWA-2's published {published} ms",

@@ -36,7 +36,7 @@ def row(
     host_us: float | None = None,
     gpu_busy_us: float | None = None,
 ) -> dict[str, Any]:
-    """Make one row of a CSV file. The row of a wrong result has a time, but no rates or percentages."""
+    """Return one row of a CSV file. The row of a wrong result has a time, but no rates or percentages."""
     t = timing
     counts = t if t is not None and result == RESULT_OK else None
     roofline = ceiling.roofline_us(moved or 0, flops or 0) if ceiling and (moved or flops) else None
@@ -97,7 +97,7 @@ def environment(device: torch.device | str) -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], device: torch.device | str) -> None:
-    """Write rows that have the same keys, each followed by the environment."""
+    """Write rows that have the same keys to a CSV file, with the columns of :func:`environment` after each row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = environment(device)
     with path.open("w", newline="") as file:

@@ -91,7 +91,7 @@ def read_folder(folder: Path) -> list[Row]:
 
 
 def read(results: Path) -> Runs:
-    """Read every subfolder of ``results`` that contains CSV files."""
+    """Read the CSV files in the subfolders of ``results``; skip subfolders without rows."""
     runs = {folder.name: read_folder(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
     return {name: rows for name, rows in runs.items() if rows}
 
@@ -105,7 +105,7 @@ def replace_numbers(text: str, numbers: str) -> str:
 
 
 def groups(rows: Iterable[Row], *suites: str) -> dict[tuple[str, ...], Group]:
-    """Group the rows of contestants that were measured together, in the order of the files."""
+    """Group the rows of ``suites`` by op, shape, case, dtype and direction, in the order of the files."""
     found: dict[tuple[str, ...], Group] = {}
     for row in rows:
         if row["suite"] in suites:
@@ -115,7 +115,7 @@ def groups(rows: Iterable[Row], *suites: str) -> dict[tuple[str, ...], Group]:
 
 
 def ours(group: Group) -> Row | None:
-    """Return the fastest correct row of our kernels, or None."""
+    """Return the fastest correct row of our kernels, or None if there is none."""
     right = [group[name] for name in attention.OURS if name in group and _time(group[name]) is not None]
     return min(right, key=lambda row: row["median_us"], default=None)
 
@@ -170,7 +170,7 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def device(rows: Sequence[Row]) -> str:
-    """Return a folder's device, preferably from another suite than latency, which may use a single thread."""
+    """Return the device of the first row. Rows of the latency suite, which may use a single thread, are a fallback."""
     return next(iter(dict.fromkeys(row["device"] for row in rows if row["suite"] != "latency")), rows[0]["device"])
 
 
@@ -292,7 +292,7 @@ def slopes(rows: Sequence[Row]) -> str:
 
 
 def run_text(rows: Sequence[Row], pictures: str = "") -> str:
-    """Return the section of a page about one run, with links to its charts: ``pictures`` is their prefix."""
+    """Return the section of a page about one run; ``pictures`` is the prefix of the links to its charts."""
     noisy = sum(row["noisy"] is True for row in rows)
     timed = sum(row["median_us"] is not None for row in rows)
     parts = [f"## {device(rows)}\n\n{settings(rows)}. {noisy} of {timed} times are noisy.\n"]

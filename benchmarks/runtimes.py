@@ -14,9 +14,9 @@ _PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype, mode: str, arguments: int) -> str | None:
-    """Return the reason why a runtime cannot take part, or None.
+    """Return the reason why a runtime cannot be timed, or None if it can.
 
-    These runtimes can only run a model with one input tensor.
+    ``arguments`` is the number of the model's inputs. Only models with one input tensor are supported.
     """
     missing = [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
     if missing:

@@ -7,7 +7,8 @@ have diverged, it is counted once per group. The passes of shared-memory accesse
 Time is not modelled.
 
 The executor supports the instructions in the project's kernels. Any other instruction raises
-:class:`UnknownInstruction` when it is executed. To support one, add a function below, named after the instruction.
+:class:`UnknownInstruction` when it is executed. To support an instruction, write a function named after it and add the
+function to ``_INSTRUCTIONS``.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Memory:
         return address
 
     def find(self, addresses: Array, size: int) -> tuple[Array, Array]:
-        """Return the array that contains all these addresses, and the offsets of the addresses in the array."""
+        """Return the array that contains all of ``addresses``, and the offsets of the addresses in the array."""
         low, high = int(addresses.min()), int(addresses.max()) + size
         for start, end, data in self.regions:
             if start <= low and high <= end:
@@ -417,7 +418,7 @@ def predicate(text: str) -> Value:
 
 
 def _constant(text: str) -> Callable[[Warp, int], Array] | None:
-    """Parse a constant operand, such as c[0x0][0x210] or c[0x0][R4+0x10], as a function that reads its bytes."""
+    """Return a function that reads a constant operand such as c[0x0][R4+0x10], or None for another kind of operand."""
     match = re.fullmatch(r"c\[0x0\]\[(?:(U?R(?:\d+|Z))\+?)?(-?0x[0-9a-f]+)?\]", text)
     if match is None:
         return None
@@ -590,7 +591,10 @@ def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]
 
 
 def _term(text: str) -> Value:
-    """Parse a 64-bit addend. A negated operand is its two's complement, which produces the correct carry."""
+    """Parse a 32-bit addend and widen it to 64 bits, where a sum has its carry in bit 32.
+
+    A negated addend is 2**32 minus its value, which produces the correct carry.
+    """
     body, negated, _, inverted, suffix = _split(text)
     if suffix:
         raise UnknownInstruction(f"integer operand {text}")
@@ -727,7 +731,7 @@ def shf(i: Instruction) -> Run:
 
 
 def _lut(table: int, a: Array, b: Array, c: Array) -> Array:
-    """Apply a bitwise function of three inputs, given as a truth table: each result is its bit 4a + 2b + c."""
+    """Apply a bitwise function of three inputs: each bit of the result is bit 4a + 2b + c of the truth table."""
     total: Array | None = None
     for row in range(8):
         if table >> row & 1:
@@ -1152,7 +1156,7 @@ def f2f(i: Instruction) -> Run:
 
 
 def hfma2(i: Instruction) -> Run:
-    """Add two 16-bit constants to a product of zeros, the only supported form: compilers load constants with it."""
+    """Load two 16-bit constants. The only supported form, which compilers use for this, adds them to -RZ * RZ."""
     if [x.replace(".reuse", "") for x in i.operands[1:3]] != ["-RZ", "RZ"] or len(i.operands) != 5:
         raise UnknownInstruction(i.text)
     write = target(i.operands[0])
@@ -1360,7 +1364,7 @@ def _by_region(w: Warp, addresses: Array, is_shared: bool) -> list[slice | Array
 
 def _bank_passes(offsets: Array, size: int) -> int:
     """Count the passes of a shared-memory access; in each pass, every bank delivers one 4-byte word."""
-    # Counts are cached: they are the same if all addresses move by the same number of words.
+    # Counts are cached. They do not change if all addresses move by the same number of words.
     start = int(offsets.min()) // 4 * 4
     key = ((offsets - start).tobytes(), size)
     found = _passes_of.get(key)
@@ -1434,7 +1438,7 @@ def _store(i: Instruction, text: str, source: str, is_shared: bool) -> Run:
         words = np.broadcast_to(words, (count, LANES))[:, lanes].T
         bytes_ = np.ascontiguousarray(words).view(np.uint8)[:, :size]
         addresses = address(w)[lanes]
-        for chosen in _by_region(w, addresses, is_shared):  # lanes may write to different arguments
+        for chosen in _by_region(w, addresses, is_shared):  # lanes may write to the arrays of different arguments
             data, offsets = _space(w, addresses[chosen], size, is_shared)
             if data is w.block.shared:
                 _note_passes(w, offsets, size)

@@ -38,7 +38,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 def sweep(
     name: str, dtype: torch.dtype, device: torch.device, names: Iterable[str], *, largest: int | None = None
 ) -> list[dict[str, Any]]:
-    """Return the rows of one forward sweep, over cases with at most ``largest`` images times tokens."""
+    """Return the rows of one forward sweep, over the cases with at most ``largest`` tokens in all images."""
     rows = []
     for shape, case in SWEEPS[name][0].items():
         if largest is None or case.batch * math.prod(case.size) <= largest:
@@ -71,7 +71,7 @@ def layers(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list
 
 
 def layer(kind: str, side: int) -> Callable[..., Tensor]:
-    """Make attention with projections on a map of side x side: (x, qkv_weight, proj_weight, bias_table) -> out."""
+    """Return attention with projections on side x side tokens: (x, qkv_weight, proj_weight, bias_table) -> out."""
     heads, channels, window = shapes.COMPLEXITY_HEADS, shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_WINDOW
 
     def windowed(x: Tensor, qkv_weight: Tensor, proj_weight: Tensor, bias_table: Tensor) -> Tensor:

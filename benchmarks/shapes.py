@@ -11,7 +11,7 @@ Case = WindowAttentionCase
 
 
 def _stages(batch: int, heads: int, window: int, first: int, **options: bool) -> list[Case]:
-    """Return a classifier's four stages; from stage to stage, the map's sides halve and the heads double."""
+    """Return a classifier's four stages. From one stage to the next, the map's sides halve and the heads double."""
     return [
         Case(batch, (size, size), heads << i, 32, window, window // 2 if size > window else 0, **options)
         for i in range(4)
@@ -19,7 +19,7 @@ def _stages(batch: int, heads: int, window: int, first: int, **options: bool) ->
     ]
 
 
-# The project's goals refer to the first shape.
+# Cases of window attention by name. goals.py has goals for some of them.
 ATTENTION: dict[str, Case] = {
     **{f"swin_t.{i}": case for i, case in enumerate(_stages(128, 3, 7, 56), 1)},
     "window8.1": Case(64, (64, 64), 3, 32, 8, 4),
@@ -69,7 +69,7 @@ def with_batch(case: AnyCase, batch: int) -> AnyCase:
 
 @dataclasses.dataclass(frozen=True)
 class MapCase:
-    """A feature map for the memory-bound ops, with its window and the factor of its expansion."""
+    """A feature map for the memory-bound ops, with the window, the shift and the factor of patch expanding."""
 
     batch: int
     size: tuple[int, ...]
@@ -100,7 +100,7 @@ EXPANDED_MAPS: dict[str, MapCase] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """A library's model, given by its name or its constructor's options, and its input."""
+    """A library's model, given by its name or its class's name, and the shape of its input."""
 
     library: str
     model: str
@@ -111,7 +111,7 @@ class ModelCase:
         return f"{self.library}-b{self.batch}-{'x'.join(map(str, self.image))}"
 
 
-# The project's goals refer to the first model.
+# Models by name. goals.py has goals for some of them.
 MODELS: dict[str, ModelCase] = {
     "swin_t": ModelCase("timm", "swin_tiny_patch4_window7_224", (3, 224, 224), 128),
     "swin_s": ModelCase("timm", "swin_small_patch4_window7_224", (3, 224, 224), 128),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# A call accepts the number of the input set to read, and returns its outputs.
+# A call accepts the index of the input set to read, and returns its outputs.
 Call = Callable[[int], Any]
 NOISY = 0.1  # relative spread above which a time is unreliable
 ATTEMPTS = 3  # maximum number of measurements if times are noisy
@@ -71,7 +71,7 @@ class Ceiling:
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """Measure the ceiling; cached per dtype, number of threads and setting of torch's TF32 switch."""
+    """Return the ceiling, measured once per device, dtype, number of threads and setting of torch's TF32 switch."""
     return _ceiling(device, dtype, torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision)
 
 
@@ -88,7 +88,7 @@ def _ceiling(device: torch.device, dtype: torch.dtype, threads: int, precision: 
 
 
 def input_sets(bytes_per_call: int, device: torch.device) -> int:
-    """Return the number of input sets after which the first set is no longer in the L2 cache."""
+    """Return a number of input sets that exceed a GPU's L2 cache, so no call finds its inputs there; 1 on a CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -141,9 +141,9 @@ class GraphTimer:
 
 
 def time_steps(calls: Mapping[str, Call], device: torch.device, *, rounds: int = 30) -> dict[str, Timing]:
-    """Time long calls on a GPU as users see them, including host time if it dominates.
+    """Time long calls on a GPU with CUDA events, including host time if it dominates.
 
-    The calls take turns and are timed with CUDA events; the L2 cache is overwritten before each call.
+    The calls take turns, and the L2 cache is overwritten before each call.
     """
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(3 * cache, dtype=torch.uint8, device=device)
@@ -175,7 +175,7 @@ def gpu_busy_us(call: Call, device: torch.device) -> float:
 
 
 def host_us(call: Call, device: torch.device, *, loop: int = 10) -> float:
-    """Return the calling thread's CPU time per call in microseconds, without the work of a GPU."""
+    """Return the calling thread's CPU time per call in microseconds, without waiting for the GPU."""
     start = time.thread_time()
     for _ in range(loop):
         call(0)

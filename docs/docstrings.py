@@ -28,7 +28,7 @@ def _mathml(match: re.Match[str]) -> str:
 
 def _inline_mathml(match: re.Match[str]) -> str:
     formula = convert(" ".join(match["formula"].split()), display="inline")
-    return f" {formula}" if match["space"] else formula  # at the start of a line it would be a block
+    return f" {formula}" if match["space"] else formula  # not at the start of a line, where it would be a block
 
 
 def _shape(match: re.Match[str]) -> str:
@@ -41,14 +41,14 @@ def _each(match: re.Match[str]) -> str:
 
 
 def markdown(docstring: str) -> str:
-    """Convert a docstring to Markdown, with formulas in MathML, which browsers render, and an entry per argument."""
+    """Convert a docstring to Markdown, with formulas in MathML, which browsers render, and one entry per argument."""
     text = INLINE.sub(_inline_mathml, FORMULA.sub(_mathml, docstring + "\n"))
     text = re.sub(r"::$", ":", SHAPE.sub(_shape, text), flags=re.MULTILINE).rstrip()
     return ROLE.sub(r"`\1`", TOGETHER.sub(_each, text))
 
 
 def comment_above(attribute: griffe.Attribute) -> str:
-    """Return the comment of a class's field: the lines directly above it and the comment on the same line."""
+    """Return the comment on a class field: the lines directly above it and the comment at the end of its own line."""
     lines, number = attribute.lines_collection[attribute.filepath], (attribute.lineno or 1) - 1
     above = list(itertools.takewhile(lambda line: line.strip().startswith("# "), reversed(lines[:number])))
     behind = lines[number].partition("  # ")[2]
@@ -56,7 +56,7 @@ def comment_above(attribute: griffe.Attribute) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Applies :func:`markdown` to every docstring, and documents fields of classes by their comments."""
+    """Applies :func:`markdown` to every docstring, and uses the comments on class fields as their docstrings."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         is_field = isinstance(obj, griffe.Attribute) and obj.parent is not None and obj.parent.is_class

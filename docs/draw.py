@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/concepts.md with the functions of swinkernels/reference: ``python docs/draw.py``."""
+"""Draws the pictures of docs/concepts.md with the functions of swinkernels/reference: ``python docs/draw.py``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PAD_COLOUR = "#d0d0d0"
 
 
 def in_frame(windows: torch.Tensor, frame: tuple[int, int], window: int) -> np.ndarray:
-    """Rearrange (num_windows, N) as the frame that was cut into the windows."""
+    """Rearrange the tokens of ``windows``, (num_windows, N), into the frame from which the windows were cut."""
     rows, columns = (p // window for p in frame)
     return windows.reshape(rows, columns, window, window).permute(0, 2, 1, 3).reshape(frame).numpy()
 
 
 def cells(axis: Any, colours: list[list[str]], texts: list[list[str]], window: int | None) -> None:
-    """Draw a map as coloured cells with texts; with ``window``, also draw the borders of its windows."""
+    """Draw a map as coloured cells with labels; if ``window`` is not None, also draw the borders of the windows."""
     height, width = len(colours), len(colours[0])
     for y in range(height):
         for x in range(width):

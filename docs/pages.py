@@ -1,4 +1,4 @@
-"""A hook of MkDocs for pictures and tables that are wider than the page."""
+"""A MkDocs hook for pictures and tables that are wider than the page."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python examples/swin_unetr_volume.py --size 96
 
-The script needs MONAI. The volume contains ellipsoids in noise, and the model is first trained for some steps to
+The script needs MONAI. The volume contains ellipsoids in noise, and the model is first trained for a few steps to
 segment them.
 """
 

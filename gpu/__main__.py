@@ -1,4 +1,4 @@
-"""Defines the commands of ``python -m gpu``: check, bundle, variants, and work, which check runs in processes."""
+"""Defines the commands of ``python -m gpu``: check, bundle, variants, and work, which check runs in each process."""
 
 from __future__ import annotations
 

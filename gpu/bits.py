@@ -50,7 +50,10 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable[[], object]]:
-    """Capture a call in a CUDA graph; return its results and a function that replays it. On a CPU, call it directly."""
+    """Capture ``call`` in a CUDA graph; return its results and a function that replays the graph.
+
+    On a CPU, make the call directly; the function that is returned repeats it and overwrites the results.
+    """
     if device != "cuda":
         results = call()
         return results, lambda: [x.copy_(y) for x, y in zip(results, call(), strict=True)]

@@ -1,7 +1,7 @@
-"""Count the blocks of the hot CUDA kernels that fit on a multiprocessor of each GPU, from emulated launches.
+"""Counts the blocks of the hot CUDA kernels that fit on a multiprocessor of each GPU, from emulated launches.
 
 The emulator limits a block's shared memory to the architecture's limit, so the launch functions choose the same kernels
-as on that GPU. Register counts are read from the build. The backend must refuse a call whose kernel does not fit, so
+as on that GPU. Register counts are read from the build. The backend must reject a call whose kernel does not fit, so
 that Triton runs it.
 """
 
@@ -30,16 +30,16 @@ from tests.cuda.test_resources import resource_usage
 
 HOT = ("swin_t.1", "window 8", "window 12", "window 16", "window 7x7x7")
 RESERVED_BYTES = 1024  # reserved by CUDA in every block's shared memory
-REGISTERS, WARP_REGISTERS = 65536, 256  # registers per multiprocessor, and per unit of their allocation to a warp
+REGISTERS, WARP_REGISTERS = 65536, 256  # registers per multiprocessor; granularity of their allocation to a warp
 
 
 class Room(NamedTuple):
     """A multiprocessor's resources, from the CUDA programming guide's table of compute capabilities."""
 
     shared_bytes: int
-    block_bytes: int  # the most for one block
+    block_bytes: int  # the limit for one block
     threads: int
-    code: str  # the architecture of the default build's machine code that runs on it
+    code: str  # the architecture in the default build whose machine code this GPU runs
 
     def blocks(self, smem_bytes: int, threads: int, registers: int) -> int:
         if smem_bytes > self.block_bytes:
@@ -73,7 +73,10 @@ def _registers() -> dict[tuple[str, str], int]:
 
 
 def refusal(case: WindowAttentionCase, room: Room) -> str | None:
-    """Return the reason why "cuda" refuses a case on such a GPU, and the backend that runs it; None if it fits."""
+    """Return the reason why "cuda" rejects ``case`` on a GPU with the resources ``room``, and the backend that runs it.
+
+    Return None if "cuda" runs it.
+    """
     volume, device, before = math.prod(case.window_tuple), torch.device("cuda"), _backends._shared_bytes
     _backends._shared_bytes = lambda device: room.block_bytes
     try:

@@ -30,7 +30,7 @@ class Emitter:
         self._descriptor = descriptor
 
     def tell(self, **message: Any) -> None:
-        """Send a message to the run. The run uses its ``environment`` or ``library``, if given, from then on."""
+        """Send a message to the run. From then on, the run uses the ``environment`` or ``library`` in it, if given."""
         os.write(1 if self._descriptor is None else self._descriptor, dump(message))
 
     def begin(self, case: str) -> None:

@@ -18,7 +18,7 @@ KEPT = ("suite", "op", "shape", "backend", "dtype", "direction", "case", "error_
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Callable[[], None]]]:
-    """Yield the case of ``group``: a suite, a model of shapes.MODELS, a mode and a member of models.CONTESTANTS."""
+    """Yield the case of ``group``: a suite, a model of shapes.MODELS, a mode and one of models.CONTESTANTS."""
     yield group, functools.partial(_time, *group.split(), emit, setting)
 
 

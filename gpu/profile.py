@@ -60,7 +60,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def parse(text: str) -> dict[str, tuple[float, str]]:
-    """Return the WANTED metrics of ncu's CSV output, name -> (value, unit). Its rows are names, units and launches."""
+    """Return the WANTED metrics in ncu's CSV output, name -> (value, unit). The rows are names, units and launches."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:

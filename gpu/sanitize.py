@@ -1,7 +1,7 @@
 """Runs every op under compute-sanitizer, forward and backward, on tiny tensors for every regime of its CUDA kernels.
 
-Its tools detect accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A rehearsal
-makes the calls without compute-sanitizer, because the emulator reports the same faults itself.
+The sanitizer's tools detect accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A
+rehearsal makes the calls without compute-sanitizer, because the emulator reports the same faults itself.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def memory_bound(name: str, dtype: torch.dtype, device: str, given: dict[str, An
 
 
 def memory_bound_calls() -> Iterator[tuple[str, dict[str, Any], list[tuple[int, ...]]]]:
-    """Yield the calls of the memory-bound ops as (op, arguments, shapes of its tensors)."""
+    """Yield the calls of the memory-bound ops as (op, arguments, shapes of the tensors)."""
     for c, order in itertools.product((1, 3, 8, 40), ("pad_then_roll", "roll_then_pad")):
         given = {"window_size": (4, 3), "shift_size": (2, 1), "pad_order": order}
         yield "window_partition", given, [(2, 5, 7, c)]

@@ -107,7 +107,10 @@ def _attention(name: str, case: Case, backend: str, arithmetic: str, emit: Emitt
 
 @contextlib.contextmanager
 def dropout_of_the_kernels(case: Case, backend: str, device: str) -> Iterator[torch.Generator | None]:
-    """Make the reference drop the same weights as the kernels; yield the op's generator, or None without dropout."""
+    """Make the reference drop the same attention weights as the kernels, and yield the generator for the op.
+
+    Without dropout in ``case``, do nothing and yield None.
+    """
     if "dropout_p" not in case.options:
         yield None
         return

@@ -28,7 +28,7 @@ REHEARSED = ("tests/cuda/test_resources.py", "-k", "understood or local_memory")
 
 
 def cases(group: str, emit: Emitter, setting: Setting, skip: int) -> None:
-    """Run a shard of the tests without its first ``skip`` tests. The variable PYTEST_ARGS adds arguments such as -k."""
+    """Run shard ``group`` of the tests, except its first ``skip`` tests. PYTEST_ARGS adds arguments such as -k."""
     os.environ["OMP_NUM_THREADS"] = "1"
     chosen = REHEARSED if setting.rehearse else ("-m", "gpu", *FILES)
     teller = _Teller(emit, skip)

@@ -1,4 +1,4 @@
-"""Formats the table at the end of a run, of at most 40 lines: steps, first failures, speeds and goals."""
+"""Formats the table at the end of a run: steps, first failures, speeds and goals, in at most 40 lines."""
 
 from __future__ import annotations
 

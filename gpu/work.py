@@ -28,7 +28,7 @@ CASES = {
 
 
 def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -> int:
-    """Run the cases of a group without the first ``skip``, and return the exit status."""
+    """Run the cases of ``group`` except the first ``skip``, and return the exit status."""
     if setting.rehearse:
         _rehearse(group)
     elif step not in ("build", "ncu", "sanitize"):

@@ -6,7 +6,7 @@
 
 The package is a copy of swinkernels without ``accelerate``, modules and models. All imports are relative, and the files
 that depend on the build come from ``release/kernel_hub``. Several versions of a kernel may be loaded in one process,
-because each build has its own module name and namespace of ops.
+because each build has its own module name and op namespace.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def write_package(folder: Path) -> None:
 
 
 def facts(cuda: bool) -> str:
-    """Return those build facts of setup.py's write_facts that are known before kernel-builder runs."""
+    """Return, as JSON, those facts of setup.py's write_facts that are known before kernel-builder runs."""
     version = re.findall(r'"(.+)"', (PACKAGE / "_version.py").read_text())[0]
     return json.dumps(
         {
@@ -113,7 +113,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def build_toml(bindings: list[str]) -> str:
-    """Return the text of build.toml. Its sources include headers, because kernel-builder copies only listed files."""
+    """Return the text of build.toml. The sources include headers, because kernel-builder copies only listed files."""
     headers = [path for pattern in ("**/*.h", "**/*.cuh", "**/*.inl") for path in sources(pattern)]
     cpu = sources("kernels/cpu/**/*.cpp")
 

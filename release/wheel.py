@@ -33,7 +33,7 @@ NOT_INCLUDED = ("libtorch*.so", "libc10*.so", "libcudart.so.*")
 
 
 def distribution(kernels: str, torch_cuda: str | None) -> str:
-    """Return the distribution name of a wheel: swinkernels-cpu, or the name for torch's CUDA major version."""
+    """Return the distribution name of a wheel: swinkernels-cpu, or a name for torch's CUDA major version."""
     if kernels == "cpu":
         return "swinkernels-cpu"
     if torch_cuda is None:

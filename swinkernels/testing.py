@@ -1,4 +1,4 @@
-"""Draws random calls of window attention and judges results by an error budget; used by the tests and benchmarks."""
+"""Random test cases of window attention, and an error budget for their results; used by the tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from swinkernels.reference.window_attention import key_window_index, relative_po
 # In windows of fewer tokens, too few rounding errors average out, and the terms in a row of dS, which sum to zero,
 # cancel more strongly.
 SMALL_WINDOW = 16
-# v2 normalises q and k, which removes the part of a row's gradient along the row. With fewer channels little else may
-# be left, so that rounding errors can dominate. (With one channel the gradient is zero.)
+# v2 normalises each row of q and k, so a row's gradient has no component along the row. With fewer channels the other
+# components may be so small that rounding errors dominate. (With one channel the gradient is zero.)
 FEW_CHANNELS = 4
 
 
 @dataclass(frozen=True)
 class WindowAttentionCase:
-    """A call of ``window_attention_qkvpacked``: shapes and arguments, from which random inputs are drawn."""
+    """A test case of ``window_attention_qkvpacked``: shapes and arguments; :meth:`inputs` draws random inputs."""
 
     batch: int
     size: tuple[int, ...]
@@ -68,7 +68,7 @@ class WindowAttentionCase:
         return value if isinstance(value, tuple) else (value,) * len(self.size)
 
     def arguments(self, device: str | torch.device | None = None) -> dict[str, Any]:
-        """Return the arguments other than inputs, with tensors moved to ``device`` if it is given."""
+        """Return the op's arguments other than its inputs, with tensors moved to ``device`` if it is given."""
         options = {name: x.to(device) if device and isinstance(x, Tensor) else x for name, x in self.options.items()}
         return {
             "num_heads": self.num_heads,
@@ -78,7 +78,7 @@ class WindowAttentionCase:
         }
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        """Draw the inputs of the case by name; the numbers depend on the kind of device.
+        """Draw random inputs of the case and return them by name; their values depend on the type of ``device``.
 
         qkv, dout and pad_qkv are rounded to ``dtype``. bias_table, bias, logit_scale and the table "axis_tables.a" of
         each axis a are float32.
@@ -140,7 +140,7 @@ def _rms(x: Tensor) -> float:
 
 
 class Judged(NamedTuple):
-    """The error of a result, and a message if that error is too large."""
+    """The error of a result, and a message if the error exceeds its limits."""
 
     rms_eps: float  # RMS error / (eps * RMS of the result, or of its cancelling terms)
     of_limit: float  # RMS error / its limit, or largest error / its limit, the larger of the two
@@ -158,12 +158,12 @@ def judge(
 ) -> Judged:
     """Judge whether ``got`` is as close to ``exact`` (float64) as its dtype allows.
 
-    The RMS error may be 0.75 eps times the RMS of ``exact``, and the error of each element 2 eps times the largest
-    element. The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it
-    on demand), widens the limits: twice its RMS error is added to the first, four times its largest error to the
-    second. These additions dominate if terms of a result cancel. ``eps`` is the machine epsilon of the arithmetic; the
-    default is that of the dtype of ``got`` (TF32 has 2 ** -10). If ``terms``, the size of the terms that cancel, is
-    given, it replaces ``exact`` in both limits. NaN fails.
+    The RMS error may be at most 0.75 eps times the RMS of ``exact``, and the error of each element at most 2 eps times
+    the largest element. ``f32``, the result of the reference in float32 on the same rounded inputs (or a function that
+    computes it on demand), widens these limits: twice its RMS error is added to the first, and four times its largest
+    error to the second. The additions dominate if terms of a result cancel. ``eps`` is the machine epsilon of the
+    arithmetic, by default that of the dtype of ``got`` (TF32 has 2 ** -10). If ``terms``, the size of the terms that
+    cancel, is given, it replaces ``exact`` in both limits. NaN fails.
     """
     if got.shape != exact.shape:
         return Judged(math.inf, math.inf, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
@@ -171,8 +171,8 @@ def judge(
         return Judged(0.0, 0.0, None)
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
-    # Two errors are always allowed: errors of probabilities below float32's normal numbers, which a gradient may
-    # multiply by thousands, and errors below the last bit of subnormal numbers in the dtype of got.
+    # Two errors are always allowed: those of probabilities in float32's subnormal range, which a gradient may multiply
+    # by thousands, and errors below the smallest subnormal number of the dtype of got.
     info = torch.finfo(got.dtype)
     floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
     error = got.double() - exact
@@ -199,8 +199,8 @@ def assert_within_budget(got: Tensor, exact: Tensor, f32: Tensor | Callable[[], 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
     """Compute, in float64, the size that each gradient would have if its cancelling terms had the same sign.
 
-    The keys are those of :func:`run_case`. A value has the scale of the result, but not always its shape. If ``single``
-    is True, for arithmetic in float32, the sizes include the rounding of the scores, and "out" has a size, too.
+    The keys are those of :func:`run_case` without "out". A value has the scale of the result, but not always its shape.
+    If ``single`` is True, for arithmetic in float32, the sizes include the rounding of the scores, and "out" is added.
     """
     rank, heads = len(case.size), case.num_heads
     device = inputs["qkv"].device
@@ -229,7 +229,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         return tokens[:, index].transpose(2, 3)  # (B, num_windows, heads, N, head_dim)
 
     def scatter(x: Tensor, index: Tensor) -> Tensor:
-        """Return the sum for each token, the pad token last: (B, tokens + 1, heads, head_dim)."""
+        """Sum ``x`` over the windows' tokens by map token, the pad token last: (B, tokens + 1, heads, head_dim)."""
         tokens = x.new_zeros(case.batch, math.prod(case.size) + 1, heads, case.head_dim)
         return tokens.index_add_(1, index.flatten(), x.transpose(2, 3).flatten(1, 2))
 
@@ -239,7 +239,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     maps = zip(inputs["qkv"].chunk(3, dim=-1), pads, indices, strict=True)
     q, k, v = (gather(*each) for each in maps)
     dout = gather(inputs["dout"], torch.zeros_like(pads[0]), index)
-    axes = []  # per axis: |table rows| and row numbers by query and key coordinate, and the keys' one-hot coordinates
+    axes = []  # per axis: |table rows| and row indices by query and key coordinate, and one-hot key coordinates
     token = torch.arange(math.prod(window), device=device)
     for axis, w in enumerate(window if case.has_axis_tables else ()):
         coordinate = token // math.prod(window[axis + 1 :]) % w
@@ -256,11 +256,11 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     rounded = torch.zeros_like(probs)  # for each score, the size to which its rounding errors are relative
     if single:
         rounded = factor * (q.square() @ k.square().transpose(-2, -1)).sqrt()
-        if case.has_logit_scale:  # the terms of a cosine share the rounding of two norms
+        if case.has_logit_scale:  # all terms of a cosine share the errors of two norms
             rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
         for rows, _, has in axes:
             rounded = rounded + torch.einsum("...id,ijd->...ij", q.square(), rows.square()).sqrt() @ has.T
-        # A score far below the largest, such as one with a mask of -100, has an error of half an eps of that distance.
+        # A score far below the largest, such as one with a mask of -100, has an error of half an eps of the difference.
         rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
         rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # plus the sum in the softmax's denominator
     dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
@@ -294,7 +294,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         of_types = dscores.sum(0).unflatten(0, (types, -1)).sum(1)  # (types, heads, N, N)
         terms["dbias"] = of_types.reshape(inputs["bias"].shape)
     if "logit_scale" in inputs:
-        # A sum over all windows has so many terms that their rounding errors have both signs.
+        # A sum over all windows has so many terms that rounding errors of both signs average out.
         cosine = q @ k.transpose(-2, -1)
         terms["dlogit_scale"] = factor * (dscores * cosine).square().sum((0, 1, 3, 4)).sqrt().reshape(factor.shape)
     if "bias_table" in inputs:
@@ -332,10 +332,10 @@ def judge_window_attention(
     The reference runs on the same device. Inputs named in ``constant`` have no gradient. Gradients are judged against
     the size of their cancelling terms in four cases: if ``cancels`` is True, in small windows, in v2 with few channels,
     and in float32 unless ``eps`` is given. In the last case the output is judged in the same way. Pass ``eps`` if
-    products are rounded to a shorter format than the dtype. Set ``rounds_unit_rows`` for a backend that rounds v2's
-    unit rows to the dtype, for tensor cores: dlogit_scale, one sum of terms that all have that rounding, is then judged
-    against its cancelling terms, too. Set ``sums_in_float32`` for a backend that rounds nothing before its float32
-    sums: float32 gradients are then judged by float32's eps for every dtype.
+    products are rounded to a shorter format than the dtype. Set ``rounds_unit_rows`` for a backend that rounds the
+    normalised rows of q and k in v2 to the dtype, for tensor cores: dlogit_scale, a sum whose terms all have this
+    rounding error, is then judged against its cancelling terms, too. Set ``sums_in_float32`` for a backend that rounds
+    nothing before its float32 sums: gradients in float32 are then judged as in a float32 case, whatever the dtype.
 
     Returns:
         Output and gradients by name, as from :func:`run_case`, and the verdict on each of them.
@@ -394,7 +394,7 @@ def check_window_attention(
 def op_arguments(
     case: WindowAttentionCase, form: str, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> tuple[Any, ...]:
-    """Return the arguments of ``torch.ops.swinkernels.<form>_fwd`` for a case; its tensors require gradients."""
+    """Return the arguments of ``torch.ops.swinkernels.<form>_fwd`` for a case; floating tensors require gradients."""
     inputs = case.inputs(dtype, device)
     options = case.arguments(device)
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))

@@ -1,10 +1,10 @@
 """Defines WindowSpec, which contains the arguments of a window-attention call other than its tensors, in normal form.
 
-The public functions and the adapters make a spec with ``ops._arguments.make_window_spec``. Support checks, fakes and
-the plain-PyTorch backends read its fields. Kernels get it as ``wire()``, a string, and ``numbers``, three floats that
-compilers can make symbolic. A string is one argument: exporters keep it, graphs print it readably, and passing it costs
-one pointer. A new option needs a field and a conversion in this file, a check in make_window_spec, an argument of the
-public functions and of the reference, and code in each backend that supports it.
+The public functions and the adapters build a spec with ``ops._arguments.make_window_spec``. Support checks, fakes and
+the plain-PyTorch backends read its fields. Kernels receive a spec as ``wire()``, a string, and ``numbers``, three
+floats that compilers can make symbolic. A string is a single argument: exporters preserve it, printed graphs show it
+readably, and passing it costs one pointer. A new option needs a field and a conversion in this file, a check in
+make_window_spec, an argument of the public functions and of the reference, and code in each backend that supports it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """Arguments of a window-attention call other than its tensors; per-axis values are in order, slowest axis first.
+    """Arguments of a window-attention call other than its tensors; per-axis values are given slowest axis first.
 
     Fields are documented under the argument of the same name of :func:`swinkernels.window_attention_qkvpacked`, with
     these exceptions. If ``needs_lse`` is False, as in calls without a gradient, the op returns an empty lse. If
@@ -56,7 +56,7 @@ class WindowSpec:
     @property
     def table_rows(self) -> int:
         """Return the number of rows of the bias table."""
-        # These are lists because torch.compile cannot trace a generator here.
+        # Lists, because torch.compile cannot trace a generator here.
         if self.key_window != self.window_size:
             return math.prod([w + m - 1 for w, m in zip(self.window_size, self.key_window, strict=True)])
         per_axis = zip(self.table_window, self.table_pairs, strict=True)
@@ -73,15 +73,15 @@ class WindowSpec:
     def wire(self, *, allow_tf32: bool = False, needs_lse: bool = True) -> str:
         """Format the fields, except those in ``numbers``, as ``name=value;...``; fields at their default are left out.
 
-        Values per axis are joined by commas. The two arguments replace the fields of the same name, whose values are
-        known only when the op is called.
+        Per-axis values are joined by commas. ``allow_tf32`` and ``needs_lse`` replace the fields of the same name,
+        whose values are known only when the op is called.
         """
         return _write((*(getattr(self, name) for name in _GEOMETRY), allow_tf32, needs_lse))
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
     def parse(cls, wire: str, scale: float, mask_value: float, dropout_p: float) -> WindowSpec:
-        """Make a spec from the results of ``wire()`` and ``numbers``."""
+        """Build a spec from the results of ``wire()`` and ``numbers``."""
         written = dict(item.split("=") for item in wire.split(";"))
         window = _FIELDS["window_size"].read(written["window_size"])
         fields = {
@@ -135,7 +135,7 @@ _OPTIONS = (*(name for name in _GEOMETRY if name not in _OF_TENSORS), "scale", "
 
 
 def _write(values: tuple[Any, ...]) -> str:
-    """Format the fields' values for the wire. A compiler keeps the string as a constant."""
+    """Format ``values``, one per field of the wire format. Compilers treat the string as a constant."""
     written = zip(_FIELDS.items(), values, strict=True)
     return ";".join(f"{name}={field.write(v)}" for (name, field), v in written if v != field.default(values[0]))
 

@@ -1,8 +1,8 @@
-"""Print the test files for the changes since a commit, for ``make check``: ``python tests/changed.py --since main``.
+"""Prints the test files for the changes since a commit, for ``make check``: ``python tests/changed.py --since main``.
 
-tests/ mirrors the sources. The tests of a source are the files in its folder of tests/ with the source's name in their
-names or, if there are none, the whole folder. Tests that are too slow for every change, such as those of the emulated
-CUDA kernels, are left to ``make test``.
+tests/ mirrors the folders of the sources. The tests of a source file are the files in the corresponding folder whose
+names contain its name or, if there are none, all files of the folder. Tests that are too slow for every change, such as
+those of the emulated CUDA kernels, are left to ``make test``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS = ("tests/repo/test_layering.py",)  # takes a second, and checks the imports of all files
-# Sources whose tests are in a folder of another name: the longest matching prefix counts.
+# Prefix of a source's path -> folder or prefix of its tests; the longest matching prefix applies.
 FOLDERS = {
     "swinkernels": "repo",
     "swinkernels/adapters": "adapters",
@@ -48,7 +48,7 @@ FOLDERS = {
 
 
 def changed_files(since: str) -> list[str]:
-    """List the files that differ from the branch point, including uncommitted and untracked ones."""
+    """List the files that differ from the merge base with ``since``, including uncommitted and untracked files."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -64,7 +64,7 @@ def changed_files(since: str) -> list[str]:
 
 
 def tests_of(source: str, tests: Iterable[str]) -> list[str]:
-    """List the test files that belong to a source, by its path."""
+    """List the files of ``tests`` that belong to the file ``source``."""
     path = Path(source)
     if path.parts[0] == "tests":
         if path.name.startswith("test_"):

@@ -1,6 +1,6 @@
 """Setup for every test: fresh memory is NaN, GPU tests are skipped if there is no GPU, and caches start empty.
 
-Hypothesis draws the same examples every time in CI. Opt-in fixtures provide kernels in plain PyTorch.
+In CI, Hypothesis draws the same examples every time. Opt-in fixtures replace kernels by plain PyTorch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 hypothesis.settings.register_profile("local", deadline=None)
 # Hypothesis draws the same examples every time, so that an unrelated change does not fail because a new example reveals
-# an old fault. It writes nothing to disk.
+# an existing fault. It writes nothing to disk.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
@@ -40,8 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.interop.table import Recorder
 
         config.pluginmanager.register(Recorder(Path(config.option.tools).absolute()))
-    # mmengine imports yapf, whose first import leaves a file in the user's cache that other processes read
-    # half-written. Write it here, before pytest-xdist starts its workers.
+    # mmengine imports yapf, whose first import writes a file to the user's cache. Another process may read the file
+    # half-written, so import yapf here, before pytest-xdist starts its workers.
     with contextlib.suppress(ImportError):
         importlib.import_module("yapf")
 
@@ -85,7 +85,7 @@ def uninitialised_memory_is_nan():
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     with warnings.catch_warnings():
-        # torch's own code, the comparison for the kernels, may be nondeterministic.
+        # PyTorch's own code, with which the kernels are compared, may be nondeterministic.
         warnings.filterwarnings("ignore", message=".*deterministic", category=UserWarning)
         yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -102,7 +102,10 @@ def nothing_is_known_of_earlier_calls():
 
 @pytest.fixture
 def allow_tf32() -> Iterator[Callable[[bool], None]]:
-    """Set torch's TF32 switch on CUDA. monkeypatch cannot restore it, because it is not a plain attribute."""
+    """Yield a function that sets torch's TF32 switch for CUDA, and restore the switch after the test.
+
+    monkeypatch cannot restore the switch, because it is not a plain attribute.
+    """
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
 
@@ -115,7 +118,7 @@ def allow_tf32() -> Iterator[Callable[[bool], None]]:
 
 @pytest.fixture
 def plain_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Run "cuda" and "triton" of the memory-bound ops, and "triton" of attention, as plain PyTorch on the CPU."""
+    """Replace the kernels of "cuda" (memory-bound ops) and "triton" (also attention) by plain PyTorch on the CPU."""
     from swinkernels.ops import _backends
     from tests.support.plain_kernels import attached
 
@@ -129,9 +132,9 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def as_on_a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make "auto" choose backend "cuda", with kernels in plain PyTorch, on the CPU.
+    """Make "auto" choose backend "cuda" for CPU tensors, with plain PyTorch in place of its kernels.
 
-    Attention runs in the reference.
+    Attention runs the reference.
     """
     from swinkernels.ops import _backends
 

@@ -1,11 +1,11 @@
-"""Runs all tests and all faults, part by part, and records the results: ``make test-all``.
+"""Runs all tests and checks all planted faults, part by part, and records the results: ``make test-all``.
 
     python -m tests.run_all [PART...]
 
 A part is either a folder of tests/ (such as ``cuda``), including its tests marked ``long``, or the faults of one area
 (such as ``faults-cuda``). Its counts are written to tests/last_full_run.json when it ends. Without names, all parts
-that have not passed at this commit are run, so an interrupted run resumes. A full run takes hours on two cores. Do one
-before each release, and commit the result.
+that have not passed at this commit are run, so an interrupted run resumes. A full run takes hours on two cores. Do a
+full run before each release, and commit the result.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PARTS = [*FOLDERS, *(f"faults-{area}" for area in AREAS)]
 
 
 def run_tests(folder: str) -> dict[str, int]:
-    """Return the numbers of tests of a folder that passed, failed and were skipped."""
+    """Run the tests of ``folder``, and return how many passed, failed and were skipped."""
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
@@ -55,7 +55,7 @@ def count(report: ET.Element) -> dict[str, int]:
 
 
 def run_faults(area: str) -> dict[str, int]:
-    """Return the numbers of faults of an area that the tests found and missed."""
+    """Check the planted faults of ``area``, and return how many the tests detect (passed) and miss (failed)."""
     command = [sys.executable, "-m", "tests.faults", f"{area}-"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -68,13 +68,13 @@ def run_faults(area: str) -> dict[str, int]:
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """Return the recorded parts, except those that no longer exist."""
+    """Return the recorded results of all parts that still exist."""
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     return {part: results[part] for part in PARTS if part in results}
 
 
 def left(commit: str) -> list[str]:
-    """Return the parts that have not passed at this commit; with uncommitted edits or no repository, all parts."""
+    """Return the parts that have not passed at ``commit``, or all parts if it is not the hash of a clean commit."""
     results = recorded() if re.fullmatch("[0-9a-f]{12}", commit) else {}
     return [p for p in PARTS if p not in results or results[p]["commit"] != commit or results[p]["failed"]]
 

@@ -1,5 +1,5 @@
-// Build information as a JSON object: sources, compiler and limits. It depends neither on torch nor on Python, because
-// a torch op and a Python module report it.
+// Build information as a JSON object: sources, compiler and limits. This header depends neither on torch nor on Python,
+// because both a torch op and a Python module include it.
 #pragma once
 
 #include <string>

@@ -52,7 +52,8 @@ inline Tensor readable(const Tensor& x, int64_t alignment) {
   return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // x was contiguous, but not aligned
 }
 
-// Returns x (B, *S, ...), with `rank` axes S, itself if its tokens lie one stride apart in image order, else a copy.
+// Returns x (B, *S, ...) itself if the tokens of an image are evenly spaced in memory, in image order, else a copy. S
+// has `rank` axes.
 inline Tensor with_regular_tokens(const Tensor& x, int64_t rank) {
   int64_t expected = -1;
   for (int64_t axis = rank; axis > 0; --axis) {
@@ -69,7 +70,7 @@ inline Tensor packed(const Tensor& x, int64_t alignment) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment == 0 ? x : torch::stable::clone(x);
 }
 
-// Does the same as torch::stable::new_empty in less than half the time, because it does not look up the op by name.
+// Equivalent to torch::stable::new_empty, but takes less than half the time, because the op is not looked up by name.
 inline Tensor new_empty(const Tensor& x, const std::vector<int64_t>& shape, ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t device = 0, layout = 0;

@@ -1,5 +1,5 @@
-// The bindings of window attention, on torch's stable ABI: they fill the params, allocate and launch. swinkernels/ops
-// checks the arguments; the checks here guard the kernels' assumptions.
+// The bindings of window attention, on torch's stable ABI: they set the params, allocate the outputs and launch the
+// kernels. swinkernels/ops checks the arguments; the checks here guard the kernels' assumptions.
 #include "params/window_attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -27,7 +27,7 @@ namespace {
 // The backend-specific half of an op.
 #ifndef SWINKERNELS_WITHOUT_CPU
 struct CpuBackend {
-  // The alignment in bytes of data pointers and strides, for maps whose heads have this many bytes.
+  // Returns the required alignment of data pointers and strides in bytes, given the bytes of one head of a token.
   static int64_t alignment(int64_t) { return 1; }
   static constexpr bool kAxisTablesNeedRegularTokens = false;
   explicit CpuBackend(const Tensor&) {}
@@ -79,7 +79,7 @@ struct Tables {
   OptionalTensor bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed;
 };
 
-// Fills in everything except the data pointers; x is (B, *S, ..., num_heads, head_dim), where S has `rank` axes.
+// Sets all fields except the maps, lse and the tables. x is (B, *S, ..., num_heads, head_dim), where S has `rank` axes.
 void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const WindowSpec& spec) {
   p.dtype = dtype_of(x);
   p.batch = x.size(0);
@@ -89,7 +89,8 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
   spec.fill(p, {shape.begin() + 1, shape.end()});
 }
 
-// Fills in the tables, after making them contiguous in place, so that the caller keeps the copies alive.
+// Sets the fields for the tables. A table that is not contiguous is replaced by a copy in `t`, so that the caller keeps
+// the copy alive.
 void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& spec, int64_t rank) {
   for (OptionalTensor* x : {&t.bias_table, &t.bias, &t.logit_scale, &t.pad_qkv, &t.region_map, &t.dropout_seed}) {
     if (*x && !(*x)->is_contiguous()) *x = torch::stable::contiguous(**x);
@@ -156,7 +157,7 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
   }
 }
 
-// Returns the bytes of one head of a token.
+// Returns the number of bytes of one head of a token.
 int64_t row_bytes(const Tensor& x) { return x.size(x.dim() - 1) * static_cast<int64_t>(x.element_size()); }
 
 // The ops of one form: q, k and v are one map (B, *S, 3, heads, head_dim) or three (B, *S, heads, head_dim).

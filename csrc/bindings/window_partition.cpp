@@ -1,4 +1,4 @@
-// The bindings of window_partition and window_reverse, on torch's stable ABI: they fill the params, allocate the
+// The bindings of window_partition and window_reverse, on torch's stable ABI: they set the params, allocate the
 // outputs and launch the kernels. swinkernels/ops checks the arguments; the checks here guard the kernels' assumptions.
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/window_partition.h"
@@ -16,9 +16,9 @@
 namespace swinkernels {
 namespace {
 
-constexpr int64_t kAlignment = 1;  // the kernels choose vectors by the rows' alignment
+constexpr int64_t kAlignment = 1;  // the kernels choose the vector width by the rows' alignment
 
-// Sets all fields except the data pointers; x is the map or the windows.
+// Sets element_bytes, channels and geometry; x is the map or the windows.
 template <class Params>
 Params make_params(const Tensor& x, const Ints& size, const Ints& window_size, const Ints& shift_size,
                    bool roll_then_pad) {

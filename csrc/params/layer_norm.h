@@ -20,11 +20,11 @@ enum class LayerNormOp : int32_t {
 
 enum class RowLayout : int32_t {
   kPlain = 0,      // row after row
-  kMerging = 1,    // a row is the channels of the tokens of a block of x, which become one token of z
-  kExpanding = 2,  // a row is one of the parts of a token of x, which become a block of tokens of z
+  kMerging = 1,    // a row is the channels of a block of tokens of x, and becomes one token of z
+  kExpanding = 2,  // a row is one part of a token of x, whose parts become a block of tokens of z
 };
 
-// The rows to normalise, in the order of z, in which they are always contiguous.
+// The rows to normalise, in the order of z, where they are contiguous.
 //
 // Merging and expanding cut each axis of a map (B, D, H, W, C) into blocks of `factor` tokens: merging cuts x, and z
 // has ceil(size / factor) tokens; expanding cuts z, which has size * factor tokens. The tokens of a block are numbered

@@ -35,10 +35,10 @@ using ConstTokenMap = TokenMapOf<const void*>;
 // A table with bias types has bias_types columns for each row, each with num_heads values.
 // With axis_tables, the bias is the sum over axes of q_i . table[coordinate of i - coordinate of j + window - 1], where
 // q is not scaled.
-// A dense bias is indexed by the type of the window, which is window / (windows of an image / bias_types), then by
-// head, i and j.
+// A dense bias is indexed by window type, head, i and j. The type of window n of an image is
+// n / (windows per image / bias_types).
 struct WindowGeometry : FrameGeometry {  // every shift is less than the window
-  int32_t table_window[3];               // the window whose relative offsets number the bias table
+  int32_t table_window[3];               // the window whose relative offsets index the rows of the bias table
   bool periodic[3];                      // no mask on this axis
   bool grid;                             // a window's tokens are strided over the map (MaxViT)
   int32_t key_margin[3];                 // tokens on each side of a window that are also keys (HAT)
@@ -47,7 +47,7 @@ struct WindowGeometry : FrameGeometry {  // every shift is less than the window
 
 struct WindowAttentionForwardParams {
   DType dtype;      // dtype of q, k, v, out and pad_qkv
-  bool allow_tf32;  // float32 products may be rounded to TF32
+  bool allow_tf32;  // inputs of float32 products may be rounded to TF32
   int32_t num_heads;
   int32_t head_dim;
   int64_t batch;
@@ -63,14 +63,14 @@ struct WindowAttentionForwardParams {
 
   const float* bias_table;      // (prod(2 * table_window - 1), bias_types, num_heads), or null
   const float* bias;            // (bias_types, num_heads, N, M), or null; excludes bias_table
-  int32_t bias_types;           // for a table or a dense bias; divides the windows of an image; 1 without types
+  int32_t bias_types;           // window types of a table or dense bias; divides the windows per image; 1 without types
   const float* axis_tables;     // the tables of all axes, (sum of axis_rows, head_dim), or null; excludes a bias
   int32_t axis_rows[3];         // 2 * window - 1, or 0 on the leading axis of a 2D map; 0 without axis_tables
   const float* logit_scale;     // (num_heads), v2: exp(min(logit_scale, ln 100)) multiplies cosines; null for v1
   const void* pad_qkv;          // (3, num_heads, head_dim): q, k and v of a pad token, or null for zeros
   const int32_t* region_map;    // (frame), or null
   float dropout_p;              // probability of dropping an attention weight
-  const int64_t* dropout_seed;  // one number in device memory, or null without dropout
+  const int64_t* dropout_seed;  // a scalar in device memory, or null without dropout
 };
 
 struct WindowAttentionBackwardParams {

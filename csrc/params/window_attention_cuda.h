@@ -7,19 +7,21 @@
 
 namespace swinkernels::cuda {
 
-// All functions launch on the given stream of the current device, neither allocate nor synchronise, and return
-// cudaErrorInvalidValue for calls without a kernel: beyond the limits below, 2^31 windows or more, or a bias table
-// (table entries times types times heads) of 2^31 elements or more. Rows (data pointers and every stride but
-// head_dim's) must be aligned to row_alignment.
+// window_attention_forward and window_attention_backward launch on the given stream of the current device, and neither
+// allocate nor synchronise. They return cudaErrorInvalidValue for calls that no kernel supports: calls beyond the
+// limits below, with 2^31 or more windows, or with a bias table of 2^31 or more elements (table entries times types
+// times heads). Rows (data pointers and every stride but head_dim's) must be aligned to row_alignment.
 cudaError_t window_attention_forward(const WindowAttentionForwardParams& params, cudaStream_t stream);
 
-// The result depends on the geometry, on which gradients are wanted besides the maps' (not null; no data is read), and
-// on the current device, because each block that fits on it keeps a partial sum of these gradients. Windows of more
-// than one block of keys (64 tokens, or 32 if rows are wider than 128 bytes) also store one or two numbers for each
-// query and, for dbias or dbias_table, N x N sums: 64 MB in all or, if that is more, one matrix per head and type. For
-// any N, 16-bit calls of v1 with a table, without dropout, with a head_dim of up to 64 and regular maps need no such
-// matrix; neither do those of v2 with up to 768 tokens, if the head_dim is at most 32. With axis_tables, each query and
-// head takes 128 bytes, or 256 with daxis_tables. The workspace must be 16-byte aligned.
+// Returns the size of the workspace that the backward pass needs; the workspace must be 16-byte aligned. The size
+// depends on the geometry, on which gradients other than dq, dk and dv are requested (are not null; the pointers are
+// not read), and on the current device: each thread block keeps partial sums of these gradients, and no more blocks
+// are launched than fit on the device at the same time, but at least one per head and type. For windows of more than
+// one block of keys (64 tokens, or 32 if rows are wider than 128 bytes), the workspace also holds up to two numbers for
+// each query and head and, for dbias or dbias_table, N x N matrices of sums: up to 64 MB or, if larger, one matrix per
+// head and type. A table needs no such matrix in the kernels for plain long windows (long_windows.cuh), if a block has
+// enough shared memory for them: 227 KB suffice at a head_dim of up to 32 for 2D windows of up to 1,024 tokens in v1,
+// or 768 in v2. With axis_tables, each query and head takes 128 bytes, or 256 with daxis_tables.
 int64_t window_attention_backward_workspace_bytes(const WindowAttentionBackwardParams& params);
 cudaError_t window_attention_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream);
 
@@ -31,8 +33,9 @@ constexpr int32_t kMaxHeadDim = 128;
 constexpr int32_t kSharedBytesOfLongest = 160 * 1024;
 constexpr int32_t kMaxWindowVolumeInLess = 256;
 
-// Limits of the kernels for axis_tables, which take 2D maps of 16-bit elements with whole rows of 16 bytes: tokens per
-// axis, head_dim, and tokens of a window on devices with less than kSharedBytesOfLongest per block.
+// Limits of the kernels for axis_tables: tokens per axis, head_dim, and tokens of a window on devices with less than
+// kSharedBytesOfLongest per block. These kernels support 2D maps of 16-bit elements whose rows are multiples of 16
+// bytes.
 constexpr int32_t kMaxAxisTablesWindow = 16;
 constexpr int32_t kMaxAxisTablesHeadDim = 64;
 constexpr int32_t kMaxAxisTablesVolumeInLess = 196;

@@ -9,8 +9,8 @@ namespace swinkernels::cuda {
 
 // Both functions launch on the given stream of the current device, and neither allocate nor synchronise. They return
 // cudaErrorInvalidValue for an invalid geometry, a frame of more than kMaxFrame tokens on an axis, or a window of more
-// than 2^30 vectors (the widest vectors of 1 to 16 bytes to which its rows are aligned). Source and destination must
-// not overlap.
+// than 2^30 vectors (a vector has 1 to 16 bytes, the largest unit to which the rows are aligned). Source and
+// destination must not overlap.
 //
 // Partition writes every row of the windows, with zeros for pad tokens. Reverse writes every token of the map exactly
 // once, and does not read the rows of pad tokens.

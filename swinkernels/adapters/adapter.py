@@ -60,8 +60,8 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
 class Adapter:
     """Describes how the modules of one class of a library use this package's ops.
 
-    ``accelerated`` is a subclass of ``original`` that adds no parameters or buffers, so swapping a module's
-    ``__class__`` is the whole change. The module stores the backend in the attribute that ``BACKEND_ATTRIBUTE`` names.
+    ``accelerated`` is a subclass of ``original`` that adds no parameters or buffers, so only the module's ``__class__``
+    changes. The module stores the backend in the attribute that ``BACKEND_ATTRIBUTE`` names.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Decides whether an op may replace the call of a module. It may not if the module has hooks or its code was changed.
 
-An op computes the same as the library's published code. ``watch`` records the published methods of a class when an
+An op gives the same result as the library's published code. ``watch`` records the published methods of a class when an
 adapter is imported. ``replaced_method`` and the functions that build on it compare the current methods with the
 recorded ones at every call; if a method was patched later, on the class or on one instance, the module is called.
 Adapters outside this package should watch each class that their op replaces.
@@ -62,12 +62,12 @@ def child(module: nn.Module, name: str) -> Any:
 
 # Package -> other packages that contain the decorators of its methods.
 _DECORATED_BY = {"mmcv": ("mmengine",), "mmpretrain": ("mmengine",)}
-# Class watched -> its published methods by name, with None for a method that was already patched.
+# Watched class -> its published methods by name, with None for a method that was already patched.
 _PUBLISHED: dict[type, tuple[tuple[str, Any], ...]] = {}
 
 
 def watch(*kinds: Any, methods: Sequence[str] = ()) -> None:
-    """Record the published ``forward`` and ``__call__`` of classes that an op replaces, and the named methods.
+    """Record the published ``forward``, ``__call__`` and ``methods`` of the classes ``kinds``, which an op replaces.
 
     Methods that do not exist in the installed version of the library are skipped.
     """
@@ -87,7 +87,7 @@ def _published(kind: type, name: str) -> Any:
 
 def _is_code_of(package: str, method: Any) -> bool:
     folder = os.path.dirname(getattr(sys.modules[package], "__file__", None) or "")
-    if not folder:  # true in an interactive session and for a namespace package
+    if not folder:  # __main__ of an interactive session, or a namespace package
         return True
     file = os.path.abspath(getattr(getattr(method, "__code__", None), "co_filename", ""))
     return file.startswith(folder + os.sep)
@@ -167,7 +167,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Remove the hooks from a copied module, so that its calls have no effect outside, such as collecting outputs."""
+    """Remove the hooks from a copied module, so that calling it has no side effects, such as collecting outputs."""
     for m in module.modules():
         for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
             hooks.clear()
@@ -179,7 +179,7 @@ def first_weight(module: nn.Module) -> Tensor:
 
 
 def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:
-    """Return True if a value is a method of ``kind`` bound to the module, as ``module.forward`` is."""
+    """Return True if ``value`` is a method of ``kind`` bound to ``module``, as ``module.forward`` is."""
     return (
         isinstance(value, types.MethodType)
         and value.__self__ is module
@@ -188,7 +188,7 @@ def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """Return a reason for the report if a module's forward was replaced on the instance, or None."""
+    """Return a reason for the report if a module's forward was replaced on the instance, else None."""
     forward = module.__dict__.get("forward")
     if forward is None or is_bound_method(module, type(module), forward):
         return None
@@ -196,7 +196,7 @@ def replaced_forward(module: nn.Module) -> str | None:
 
 
 def _class_name(module: Any) -> str:
-    """Return the name of a module's class, qualified if torch.nn has a class of the same name (as for peft)."""
+    """Return the name of a module's class, qualified if torch.nn has a class of that name (as for peft's Linear)."""
     cls = type(module)
     return cls.__name__ if getattr(nn, cls.__name__, cls) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
@@ -256,7 +256,7 @@ def why_not_norm(name: str, norm: Any, width: int) -> str | None:
 
 
 def why_not_dropout(name: str, dropout: nn.Module) -> str | None:
-    """Return the reason why an op cannot replace a dropout, or None. An nn.Identity is accepted: it drops nothing."""
+    """Return the reason why an op cannot replace ``dropout``, or None. An nn.Identity is accepted: it drops nothing."""
     return why_not_absorbed(
         name, dropout, nn.Identity if class_of(dropout) is nn.Identity else nn.Dropout, "an nn.Dropout"
     )

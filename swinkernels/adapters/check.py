@@ -1,4 +1,4 @@
-"""Calls the model once and records the ops and backends that its replaced modules run."""
+"""Calls a model once and records the ops that its replaced modules call, and their backends."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from swinkernels.ops._backends import observe_choices
 
 @dataclass(frozen=True)
 class Ran:
-    """The ops that a replaced module called in one call of the model."""
+    """The ops that one replaced module called while the model ran once."""
 
     path: str
     module_class: str
-    # (op, backend) -> number of calls. Calls by other replaced modules inside this one are not included.
+    # (op, backend) -> number of calls, without those made by replaced modules nested in this one.
     calls: dict[tuple[str, str], int]
     # The reason why the op of the module's main part was not called, or None if it was called.
     reason: str | None = None
@@ -35,7 +35,7 @@ class Ran:
 
 
 class _Plain(TorchDispatchMode):
-    """A dispatch mode that changes nothing. Under a mode, ops bypass their cache, so every call is observed."""
+    """A dispatch mode that changes nothing. While a mode is active, ops bypass their cache: every call is observed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -44,10 +44,10 @@ class _Plain(TorchDispatchMode):
 def run_and_watch(
     model: nn.Module, replaced: dict[str, tuple[str, Callable[[nn.Module], str | None]]], inputs: Any, options: Any
 ) -> list[Ran]:
-    """Call a model once, without gradients, and return the ops that each of its replaced modules called.
+    """Call ``model(*inputs, **options)`` once, without gradients, and return one :class:`Ran` per replaced module.
 
-    ``replaced`` maps the path of each replaced module to the op of its main part and to a function. For a module whose
-    library code runs in every call, the function returns the reason, else None.
+    ``replaced`` maps the path of each replaced module to a pair: the op of the module's main part, and a function that
+    returns the reason why the module runs the library's own code in every call, or None if it does not.
     """
     modules = {path: model.get_submodule(path) for path in replaced}
     known = {modules[path]: of_module for path, of_module in replaced.items()}
@@ -102,7 +102,7 @@ _OTHER_CALL = "its own code ran: the op does not accept this call's map, mask, d
 
 
 def _reason(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Return the reason why a module adapted as a copy of published code ran its own code, or None."""
+    """Return the reason why ``module``, if it is a copy of published code, runs its own code in this call, or None."""
     call = getattr(module, "_swinkernels_call", None)
     if call is None or not args:
         return None

@@ -1,4 +1,4 @@
-"""accelerate and restore: find the modules that have an adapter and swap their classes."""
+"""Finds the modules of a model that have an adapter, and swaps their classes: accelerate and restore."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
         recompute: if True, blocks compute norms and GELU again in the backward pass of eager training instead of
             saving their results. This applies to the Swin blocks of timm, torchvision and transformers;
             ``Report.not_recomputed`` lists the other modules, with the reasons. A training step of timm's Swin-T then
-            keeps 0.6 times the bytes that it keeps without ``accelerate``, instead of 0.92 times.
+            keeps 0.6 times the original model's bytes for the backward pass; without ``recompute``, 0.92 times.
         verify: if True, first compare each replaced module's outputs and gradients with the original's, on a random map
             of the size that the module was made for, if it stores one.
 
@@ -107,9 +107,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
 
 
 def _note_not_recomputed(report: Report, replaced: dict[str, tuple[Adapter, nn.Module]]) -> None:
-    """List in the report the replaced modules for which recompute=True has no effect in training.
+    """Add the modules of ``replaced`` for which recompute=True has no effect in training to ``report.not_recomputed``.
 
-    A stage that only calls blocks is not listed, but its blocks are.
+    A stage that only calls blocks is not added, but its blocks are.
     """
     for entry in outermost([entry for entry in report.replaced if replaced[entry.path][0].parts]):
         adapter, module = replaced[entry.path]
@@ -122,7 +122,7 @@ def _note_not_recomputed(report: Report, replaced: dict[str, tuple[Adapter, nn.M
 
 
 def _why_own_code(adapter: Adapter, module: nn.Module) -> str | None:
-    """Return the reason why the library's own code runs parts of a module, or None."""
+    """Return the reason why the library's own code runs in parts of ``module``, or None."""
     reasons = (part.reason_to_fall_back(module) for part in adapter.parts)
     return "; ".join(dict.fromkeys(reason for reason in reasons if reason is not None)) or None
 
@@ -156,9 +156,10 @@ Candidate = tuple[str, nn.Module, Adapter | None, str | None]
 
 
 def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) -> Iterator[Candidate]:
-    """Yield each module that has an adapter or a form, or that resembles such a module, once.
+    """Yield the modules that have an adapter or a form, or that resemble such a module.
 
-    An adapter registered for the module's exact class takes precedence.
+    A module that occurs several times in the model is visited once. An adapter registered for the module's exact class
+    takes precedence.
     """
     by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
     seen: set[nn.Module] = set()

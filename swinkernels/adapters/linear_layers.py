@@ -1,6 +1,6 @@
-"""Runs each Linear layer of a block in one pass with its bias, GELU or residual connection, for inference on a CPU.
+"""Computes each Linear layer of a block in one pass with its bias, GELU or residual sum, for inference on a CPU.
 
-In all other cases, and if an inner module must be called because of a hook, the library's modules are called.
+In all other cases, and if an inner module has to be called because of a hook, the library's modules are called.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def know_gelu(kind: type[nn.Module], form: Callable[[Any], str | None]) -> None:
     _GELU[kind] = form
 
 
-# The classes that compute the same as nn.Linear.
+# nn.Linear and its subclasses that give the same results.
 _LINEAR: set[type] = {nn.Linear}
 
 
 def know_linear(kind: type[nn.Linear]) -> None:
-    """Register a library's subclass of nn.Linear that computes the same as its base class."""
+    """Register a library's subclass of nn.Linear that gives the same results as its base class."""
     watch(kind)
     _LINEAR.add(kind)
 
@@ -62,7 +62,7 @@ def drops_nothing(name: str, module: Any, kind: type[nn.Module] = nn.Dropout) ->
 
 
 def _why_not_linear(name: str, layer: Any) -> str | None:
-    """Return the reason why a layer is not an nn.Linear whose call an op can replace, or None."""
+    """Return the reason why ``layer`` is not an nn.Linear whose call an op can replace, or None."""
     kind = class_of(layer)
     if kind not in _LINEAR:
         return f"{name} is a {kind.__module__}.{kind.__qualname__}, not an nn.Linear"
@@ -70,7 +70,7 @@ def _why_not_linear(name: str, layer: Any) -> str | None:
 
 
 def why_not_readable(name: str, layer: Any) -> str | None:
-    """Return the reason why an op may not read the parameters of a layer instead of calling it, or None."""
+    """Return the reason why ``layer`` has to be called, instead of an op reading its parameters, or None."""
     reason = _why_not_linear(name, layer)
     if reason is not None:
         return reason
@@ -84,7 +84,7 @@ def why_not_readable(name: str, layer: Any) -> str | None:
 
 
 def is_plain_linear(name: str, layer: Any, x: Tensor) -> bool:
-    """Return True if a layer is a Linear layer whose call may be replaced by an op for this input."""
+    """Return True if ``layer`` is a Linear layer and an op may replace its call on ``x``."""
     return _why_not_linear(name, layer) is None and not in_another_dtype(x, layer.weight, layer.bias)
 
 
@@ -97,7 +97,7 @@ Drop = tuple[str, Any, type[nn.Module]]
 
 
 def add_linear(name: str, layer: Any, x: Tensor, residual: Tensor, drops: Sequence[Drop]) -> Tensor | None:
-    """Return residual + drop(layer(x)) computed in one pass, or None if that is not possible.
+    """Return residual + drop(layer(x)), computed in one pass, or None if that is not possible.
 
     ``drops`` lists the dropouts after the layer as (name, module, expected class), the arguments of
     :func:`drops_nothing`; None is returned if any of them has an effect.
@@ -110,9 +110,9 @@ def add_linear(name: str, layer: Any, x: Tensor, residual: Tensor, drops: Sequen
 
 
 def _calls(name: str, module: Any, kind: type[nn.Module], order: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield the inner modules that a module of a class calls, with their names.
+    """Yield the name and the module of each inner module that ``module`` calls, in the order of the calls.
 
-    If the module has to be called itself, yield the reason instead of an inner module.
+    If ``module`` itself has to be called, yield ``name`` and the reason instead.
     """
     reason = why_not_absorbed(name, module, kind, kind.__name__)
     if reason is not None:
@@ -163,7 +163,7 @@ class Mlp:
         return s + (y if self.drop is None else child(block, self.drop)(y))
 
     def fused(self, block: Any, z: Tensor, s: Tensor | None = None) -> Tensor | None:
-        """Return MLP(z), or s + drop(MLP(z)), with fused matrix products, or None if the modules have to be called."""
+        """Return MLP(z), or s + drop(MLP(z)), by fused matrix products, or None if the modules have to be called."""
         if not fuses(z):
             return None
         if s is not None:

@@ -2,7 +2,7 @@
 
 If the values differ, the module runs the library's own code. Accelerated modules call ``is_window_index``,
 ``is_stored_mask`` and ``holds`` in every forward, to detect a buffer that was assigned, loaded or changed in place
-after ``accelerate``. The values are compared once per tensor and version; a cached result takes 0.4 us.
+after ``accelerate``. The values are compared once per tensor and version; reading a cached result takes 0.4 us.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from swinkernels.ops._library import constant_when_compiled
 
 
 def frame_of(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """Return the size of a map padded to whole windows, per axis."""
+    """Return the size, per axis, of a map of ``size`` after padding to whole windows."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
 
 
 def shift_regions(
     frame: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Return the region number of every token of every window after a shift, (num_windows, N)."""
+    """Return the region of each token of each window of the shifted map, as integers, (num_windows, N)."""
     rank = len(frame)
     region = torch.zeros([1] * rank, dtype=torch.long, device=device)
     for axis, (p, w, s) in enumerate(zip(frame, window, shift, strict=True)):
@@ -62,7 +62,7 @@ MASKED = -1e9
 
 
 def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Return relative_position_index, (N, N): the row of the bias table for each query and key, in row-major order."""
+    """Return relative_position_index, (N, N): the row for each query and key in a row-major bias table."""
     tokens = torch.cartesian_prod(*(torch.arange(w, device=device) for w in window))
     tokens = tokens.reshape(-1, len(window))
     index = torch.zeros(len(tokens), len(tokens), dtype=torch.long, device=device)
@@ -76,14 +76,15 @@ _SEEN: dict[int, tuple[Callable[[], Any], int, tuple[Any, ...], bool]] = {}
 
 
 def holds(x: Any, asked: tuple[Any, ...]) -> bool:
-    """Return True if a stored tensor has the same values as a formula; the shapes may differ.
+    """Return True if ``x`` is a tensor with the values that a formula gives; the shapes may differ.
 
-    If the values cannot be read, the result is False. The function also works while a compiler or torch.export traces;
-    under torch.export it returns the result cached for the real tensor.
+    If the values cannot be read, the result is False; on the meta device, only the numbers of elements are compared.
+    The function also works while a compiler or torch.export traces; under torch.export it returns the result cached for
+    the real tensor.
 
     Args:
-        x: the tensor. For any other value the result is False.
-        asked: the formula, which is a function, and its arguments except the device.
+        x: the stored tensor. For any other object the result is False.
+        asked: (function, *arguments): the formula, and its arguments except the device.
     """
     if torch.compiler.is_dynamo_compiling():
         return _holds_when_traced(x, *_constants(asked))
@@ -94,33 +95,33 @@ def holds(x: Any, asked: tuple[Any, ...]) -> bool:
 
 
 def _constants(asked: Any) -> Any:
-    """Make the arguments of a formula constants in dynamo, which may have made a module's sizes dynamic."""
+    """Convert the arguments of a formula to constants, because dynamo may have made a module's sizes dynamic."""
     if isinstance(asked, tuple):
         return tuple(_constants(value) for value in asked)
     return operator.index(asked) if isinstance(asked, int) else asked
 
 
 def is_window_index(x: Any, window: Sequence[int]) -> bool:
-    """Return True if a stored index of the bias table equals :func:`window_index`."""
+    """Return True if ``x``, a stored index into the bias table, equals :func:`window_index`."""
     return holds(x, (window_index, tuple(window)))
 
 
 def is_stored_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    """Return True if a stored mask equals :func:`shift_mask`."""
+    """Return True if the stored ``mask`` equals :func:`shift_mask`."""
     return holds(mask, (shift_mask, tuple(frame), tuple(window), tuple(shift)))
 
 
 def is_shift_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    """Return True if a mask passed to a module equals :func:`shift_mask`; always False under a compiler.
+    """Return True if ``mask``, passed to a module, equals :func:`shift_mask`; always False under a compiler.
 
-    Compilers cannot read values. The result is cached for all modules that get the same mask, because reading a mask on
-    a GPU synchronises.
+    Compilers cannot read values. The result is cached for all modules that receive the same mask, because reading a
+    mask on a GPU synchronises.
     """
     return not torch.compiler.is_compiling() and is_stored_mask(mask, frame, window, shift)
 
 
 def value_of_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> float | None:
-    """Return the op's mask_value if a passed mask equals :func:`shift_mask` with -100 or -inf, else None."""
+    """Return the op's mask_value if ``mask`` equals :func:`shift_mask` with -100 or -inf, else None."""
     if is_shift_mask(mask, frame, window, shift):
         return -100.0
     infinite = (shift_mask, tuple(frame), tuple(window), tuple(shift), -math.inf)
@@ -129,7 +130,7 @@ def value_of_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift:
 
 @constant_when_compiled
 def _holds_when_traced(x: Any, *asked: Any) -> bool:
-    """Compute :func:`holds` under dynamo, which passes the real tensor and compiles the result as a constant."""
+    """Return :func:`holds` under dynamo, which passes the real tensor and compiles the result as a constant."""
     return _compare(x, asked)
 
 
@@ -159,7 +160,7 @@ def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
 
 
 def _seen_behind(fake: Any, asked: tuple[Any, ...]) -> bool:
-    """Return the result cached for the real tensor behind a fake tensor of torch.export, or False."""
+    """Return the result cached for the real tensor behind ``fake``, a fake tensor of torch.export, or False."""
     converter = fake.fake_mode.fake_tensor_converter.meta_converter
     for reference, version, compared_with, same in list(_SEEN.values()):
         real = reference()

@@ -37,7 +37,7 @@ def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
-    """Return the result of a norm that only a Linear reads; under autocast, in the dtype that the Linear reads."""
+    """Return the output of a norm that only a Linear reads; under autocast, in the dtype of the Linear's input."""
     norm, dtype = child(block, name), autocast_dtype(x)
     if dtype is None or why_not_norm(name, norm, width) is not None:
         return norm(x)
@@ -46,7 +46,7 @@ def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
 
 
 def in_another_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Return True if a parameter's device, or outside autocast its dtype, differs from the input's.
+    """Return True if the device or, outside autocast, the dtype of a parameter differs from that of ``x``.
 
     The library's own code handles such calls.
     """
@@ -65,9 +65,9 @@ def norm_row(norm: str) -> Callable[[Any], int]:
 
 
 def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the factor per sample by which timm's DropPath would multiply y, or None if the factor is 1.
+    """Return the per-sample factors by which timm's DropPath would multiply y, or None if they are 1.
 
-    It is drawn from the same random numbers as in timm.
+    They are computed from the same random numbers as in timm.
     """
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
@@ -83,15 +83,15 @@ class Residual:
     # The names of two modules of the block; drop_path is None if the branch itself ends with the drop path.
     norm: str
     drop_path: str | None = None
-    # The library's DropPath class and its readable name. An nn.Identity means p = 0.
+    # The library's DropPath class and its name in messages. An nn.Identity means p = 0.
     kind: type[nn.Module] = nn.Identity
     known_as: str = "an nn.Identity"
     # Returns True if, under autocast, a Linear casts the norm's result before other code can read it.
     casts_its_input: Callable[[Any], bool] = lambda block: False
     # Returns the number of the block's channels.
     width: Callable[[Any], int] = lambda block: block.dim
-    # Returns the factor per sample by which the library's DropPath would multiply the branch, drawn from the same
-    # random numbers, or None if the factor is 1.
+    # Returns the per-sample factors by which the library's DropPath would multiply the branch, computed from the same
+    # random numbers, or None if they are 1.
     scale: Callable[[Any, Tensor, torch.dtype], Tensor | None] = drop_path_scale
 
     def why_not(self, block: Any) -> str | None:
@@ -128,7 +128,7 @@ class Residual:
         return residual_post_norm(x, y, **self._arguments(block, y, dtype))
 
     def _arguments(self, block: Any, y: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the op's arguments after stream and branch; a drop path scale is drawn in ``dtype``."""
+        """Return the op's arguments after residual stream and branch. The drop path's factors are of type ``dtype``."""
         norm = child(block, self.norm)
         return {
             "weight": norm.weight,
@@ -139,7 +139,7 @@ class Residual:
         }
 
     def part(self, weight: Callable[[Any], Tensor]) -> Part:
-        """Describe this connection for the adapter; ``weight`` returns a tensor with the block's dtype and device."""
+        """Return the :class:`Part` of the connection; ``weight`` returns a tensor with the block's dtype and device."""
         return norm_part(
             "residual and norm",
             "residual_layer_norm",
@@ -164,10 +164,9 @@ def residuals_adapter(
     attention_size: Callable[[Any], tuple[int, ...]],
     **options: Any,
 ) -> Adapter:
-    """Make the adapter of a block whose attention has a separate adapter.
+    """Create the adapter of a block whose attention has a separate adapter.
 
-    ``attention_size`` returns the size of the map that ``block.attn`` was made for; ``options`` are further fields of
-    :class:`Adapter`.
+    ``attention_size`` returns the size of a map for ``block.attn``; ``options`` are further fields of :class:`Adapter`.
     """
     watch(original)
     return Adapter(
@@ -228,7 +227,7 @@ class Merging:
         return out if self.norm == "pre" else out.to(norm_dtype(x, linear_dtype(x)))
 
     def part(self) -> Part:
-        """Describe this merging for the adapter."""
+        """Return the :class:`Part` of the patch merging."""
         return norm_part(
             "patch merging",
             "patch_merging",
@@ -246,7 +245,7 @@ class Merging:
         input_shape: Callable[[Any], tuple[int, ...]],
         **options: Any,
     ) -> Adapter:
-        """Make the adapter of a library's patch merging; ``options`` are further fields of :class:`Adapter`."""
+        """Create the adapter of a library's patch merging; ``options`` are further fields of :class:`Adapter`."""
         watch(original, methods=("maybe_pad",))
         given = {
             "reason_to_skip": self.why_not,

@@ -30,7 +30,7 @@ class Part:
 
 
 def op_on(backend: str) -> Callable[..., Tensor]:
-    """Return a function that calls a window attention op on a backend: (qkv, **arguments) or (q, k, v, **arguments)."""
+    """Return a function of (qkv, **arguments) or (q, k, v, **arguments) that calls window attention on ``backend``."""
 
     def attend(*maps: Tensor, **arguments: Any) -> Tensor:
         op = window_attention_qkvpacked if len(maps) == 1 else window_attention
@@ -46,12 +46,12 @@ def window_attention_part(
     dropout_p: Callable[[Any], float],
     reason_to_fall_back: Callable[[Any], str | None],
 ) -> Part:
-    """Make the part for attention that window_attention_qkvpacked computes.
+    """Create the part for attention that window_attention_qkvpacked computes.
 
     Args:
         weight: returns the QKV weight, (3C, channels of the input).
-        map_size: returns the tokens per axis of the map that the module was made for.
-        arguments: returns the op's arguments that define the windows; tensors may be left out.
+        map_size: returns the tokens per axis of a map for the module.
+        arguments: returns the op's arguments for heads, windows and mask; tensors may be omitted.
         dropout_p: returns the probability of attention dropout in training.
         reason_to_fall_back: as in :class:`Part`.
     """
@@ -64,7 +64,7 @@ def window_attention_part(
         no_tokens = torch.empty(0, dtype=qkv_weight.dtype, device=qkv_weight.device)  # the weight may be of any class
         try:
             spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
-        except ValueError as error:  # every backend refuses it, for example a window of too many tokens
+        except ValueError as error:  # no backend accepts the arguments, for example a window of too many tokens
             return [str(error)]
         return window_attention_reasons(backend, spec, head_dim, qkv_weight.dtype, qkv_weight.device)
 
@@ -79,7 +79,7 @@ def norm_part(
     arguments: Callable[[Any], tuple],
     reason_to_fall_back: Callable[[Any], str | None],
 ) -> Part:
-    """Make the part for an op that contains a norm.
+    """Create the part for an op that contains a norm.
 
     Args:
         name: the part's name.

@@ -1,7 +1,8 @@
-"""Runs a block's halves so that the backward pass computes norms and GELU again: ``accelerate(recompute=True)``.
+"""Blocks whose backward pass recomputes norms and GELU: ``accelerate(recompute=True)``.
 
-attention_half and mlp_half keep the inputs of norms and GELU, but not their results. In v2 no norm precedes QKV, so
-attention_half would keep the same tensors as the block's attention, and only the MLP half is replaced.
+attention_half and mlp_half save the inputs of norms and GELU for the backward pass, but not their results. In v2 no
+norm precedes QKV, so attention_half would save the same tensors as the block's attention; only the MLP half is
+replaced.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from swinkernels.ops.mlp_half import mlp_half
 
 @dataclass(frozen=True)
 class Recompute:
-    """Describes a block whose halves attention_half and mlp_half can compute."""
+    """The parts of a block whose halves attention_half and mlp_half can compute."""
 
-    # In v1, the drop path and the sum after attention and the norm before the MLP; in v2, the norm, the drop path and
-    # the sum after the MLP.
+    # In v1, the drop path, the sum and the norm between attention and MLP; in v2, the norm, the drop path and the sum
+    # after the MLP.
     residual: Residual
     mlp: Mlp
     # The ``norm`` argument of mlp_half: "pre" (v1) or "post" (v2).
@@ -37,9 +38,9 @@ class Recompute:
     why_not_attention: Callable[[Any, bool | None], str | None] = lambda block, training: None
 
     def why_not(self, block: Any, training: bool | None = None) -> str | None:
-        """Return the reason why the block's halves run as without ``recompute``, or None.
+        """Return the reason why ``recompute`` has no effect on the block, or None.
 
-        ``training`` replaces the mode of the dropouts unless it is None.
+        Unless ``training`` is None, it overrides the training mode of the dropouts.
         """
         reason = self.why_not_attention(block, training) or self.residual.why_not(block)
         if reason is not None:
@@ -58,11 +59,11 @@ class Recompute:
         )
 
     def why_not_in_training(self, block: Any) -> str | None:
-        """Return :meth:`why_not` for a block in training mode, for the report."""
+        """Return the result of :meth:`why_not` for a block in training mode, for the report."""
         return self.why_not(block, training=True)
 
     def run(self, block: Any, x: Tensor, attention: Callable[[], Tensor | None] | None = None) -> Tensor | None:
-        """Return the result of the block (v1) or of its MLP half (v2), or None if it has to run as without recompute.
+        """Compute the block (v1) or its MLP half (v2) with recomputation, or return None if it has to run without it.
 
         Args:
             block: the accelerated block.
@@ -108,7 +109,7 @@ class Recompute:
 def attention_branch(
     x: Tensor, norm: Any, qkv: Sequence[Any], proj: Any, backend: str, arguments: dict[str, Any]
 ) -> Tensor | None:
-    """Return a v1 block's attention branch, computed by attention_half, or None if a parameter has another dtype.
+    """Return the output of a v1 attention branch, computed by attention_half, or None if a parameter has another dtype.
 
     Args:
         x: (B, *S, C), the block's input.

@@ -28,7 +28,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that has an adapter or resembles a supported module, but was left as it was."""
+    """A module that has an adapter or resembles a supported module, but was left unchanged."""
 
     path: str
     module_class: str
@@ -57,7 +57,7 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     # The replaced modules for which recompute=True has no effect; empty without recompute=True.
     not_recomputed: list[NotRecomputed] = field(default_factory=list)
-    # Set only if nothing was replaced and nothing was skipped: says that the model contains no supported module.
+    # If nothing was replaced or skipped, a sentence saying that the model contains no supported module, else None.
     reason: str | None = None
     # A weak reference to the model.
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
@@ -119,7 +119,7 @@ class Check:
 
 
 def outermost(entries: Sequence[Replaced]) -> list[Replaced]:
-    """Return the modules that are not inside another one of these modules."""
+    """Return the ``entries`` whose modules are not inside the module of another entry."""
     return [e for e in entries if not any(_is_inside(e.path, other.path) for other in entries)]
 
 
@@ -132,7 +132,7 @@ def _name(path: str) -> str:
 
 
 def _grouped(heading: str, entries: Sequence[Skipped | NotRecomputed]) -> list[tuple[str, ...]]:
-    """Return the rows of a table with one row for each class, library and reason."""
+    """Return the rows of a table: the heading, then one row for each class, library and reason."""
     paths: dict[tuple[str, str, str], list[str]] = {}
     for entry in entries:
         paths.setdefault((entry.module_class, entry.adapter, entry.reason), []).append(entry.path)

@@ -29,7 +29,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
     module, its gradients and the state of every random number generator do not change.
 
     Args:
-        adapters: module -> adapter, for every module to accelerate, including this one and those inside it.
+        adapters: module -> adapter, for every module to accelerate, including ``module`` and those inside it.
         path, module: the module to compare, and its path in the model.
         backend, recompute: the arguments of accelerate.
     """
@@ -52,7 +52,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
                 swap_class(adapters[m], m_of_fast, backend, recompute)
         plain64 = copy.deepcopy(plain).to(torch.float64)
         with torch.no_grad():
-            # Runs a copy, because a module may cache tensors that it makes without gradients.
+            # Run a copy, because the module may cache tensors that it creates without gradients.
             shape = adapter.run(copy.deepcopy(plain), x).shape
             dout = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
         shaken64 = copy.deepcopy(plain64)
@@ -93,12 +93,12 @@ def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exa
     # The result of a sum of a thousand terms, which may cancel, depends on the order of addition. In float32 this error
     # is added to the rounding of the result. In float64 it is the only error, because the reference is float64, too.
     rounding = {torch.float64: 256, torch.float32: 4}.get(got.dtype, 1) * eps
-    # The gradient of a parameter is a sum over all tokens, whose order differs from the original's. The gradients of
-    # v2's position MLP depend on a table of a few dozen such sums, which cancel, so an error in one sum spreads to all
-    # elements.
+    # The gradient of a parameter is a sum over all tokens, which the original adds in a different order. The gradients
+    # of v2's position MLP depend on a table of a few dozen such sums, which cancel, so an error in one sum spreads to
+    # all elements.
     of_parameter = name.startswith("the gradient of") and not name.endswith("the input")
     times = 4 if of_parameter and got.dtype in (torch.float32, torch.float64) else 2
-    # The rounding errors of few elements, such as one per head, are a poor estimate of how large other errors may be.
+    # A tensor of few elements, such as one per head, gives a poor estimate of how large rounding errors may be.
     few = 1 + 20 / got.numel()
     # Large scores and sums that cancel magnify rounding errors, and the two modules round at different places.
     error, base, magnified = got.double() - exact, plain.double() - exact, shaken - exact

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Return a sentence that compares the logits and the times."""
+    """Return a sentence that compares the logits and times of swinkernels and timm."""
     speeds = []
     for mode, by_model in median_ms.items():
         ratio = by_model["timm"]["total"] / by_model["swinkernels"]["total"]
@@ -175,10 +175,7 @@ def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[s
 
 
 def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
-    """Return a line for each class of replaced modules: its backend, and each other backend with the part that uses it.
-
-    The first backend is that of the module's main part.
-    """
+    """Return a line per class of replaced modules: its main part's backend, then each part with another backend."""
     found: dict[tuple[str, ...], int] = {}
     for entry in replaced:
         backend = f"{entry.adapter}'s own code" if entry.backend == entry.adapter else f"backend {entry.backend}"

@@ -18,7 +18,7 @@ INFERENCE, TRAINING = "inference step", "training step"
 
 
 def photo_batch(photo: Tensor, batch: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return normalised images (batch, 3, size, size): the whole photograph, then crops; every other is mirrored."""
+    """Return normalised images (batch, 3, size, size): the whole photograph, then crops, every second one mirrored."""
     image = photo.permute(2, 0, 1).float() / 255
     side = min(image.shape[1:])
     images = []
@@ -122,7 +122,7 @@ class Stopwatch:
 def times(
     models: dict[str, nn.Module], x: Tensor, dtype: torch.dtype, mode: str, repeats: int, done: Callable[[], None]
 ) -> dict[str, dict[str, list[float]]]:
-    """Return the milliseconds by model and part. The parts are the forward pass of each stage and the "total" step.
+    """Return milliseconds by model and part, where the parts are the forward pass of each stage and the "total" step.
 
     The models run alternately, so that a slowdown of the machine affects both. The first step of each is a warm-up and
     is not counted.
@@ -156,7 +156,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler would print its own messages between the tables
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints messages between the tables
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result

@@ -18,7 +18,7 @@ from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops.window_partition import partition, reverse
 
-_NO_PADDING = "pad_then_roll"  # both orders are equal without padding
+_NO_PADDING = "pad_then_roll"  # without padding, roll_then_pad gives the same result
 
 
 def _check_geometry(
@@ -39,13 +39,13 @@ def _check_geometry(
 
 
 def _wrapped(shift: Sequence[int], size: Sequence[int]) -> list[int]:
-    """Return an equivalent cyclic shift in 0..size - 1 per axis."""
-    # No remainder for a shift that is already in range, because torch.compile would specialise on the size.
+    """Return ``shift`` modulo ``size``, per axis."""
+    # The remainder is computed only if needed, because it makes torch.compile specialise on the size.
     return [s if 0 <= s < n else s % n for s, n in zip(shift, size, strict=True)]
 
 
 class WindowProcess:
-    """Roll a feature map and cut it into windows, in one pass. Called as ``WindowProcess.apply(...)``."""
+    """Rolls a feature map and cuts it into windows in one pass. Call ``WindowProcess.apply(...)``."""
 
     @staticmethod
     def apply(
@@ -86,13 +86,13 @@ class WindowProcess:
         op = "WindowProcess"
         size, roll, window = _check_geometry(op, B, H, W, C, shift_size, window_size)
         _arguments.check_forms(op, "input", input, (B, H, W, C), (B, H * W, C))
-        shift = _wrapped([-r for r in roll], size)  # the shift of the ops has the opposite sign
+        shift = _wrapped([-r for r in roll], size)  # the ops shift in the opposite direction
         windows = partition(op, input.reshape(B, H, W, C), window, shift, _NO_PADDING, backend)
         return windows.unflatten(1, window)
 
 
 class WindowProcessReverse:
-    """Put windows back into a feature map and roll it, in one pass. Called as ``WindowProcessReverse.apply(...)``."""
+    """Puts windows back into a feature map and rolls it in one pass. Call ``WindowProcessReverse.apply(...)``."""
 
     @staticmethod
     def apply(

@@ -19,10 +19,10 @@ from swinkernels.adapters import accelerate
 
 @MODELS.register_module()
 def SwinKernelsSwinTransformer(*args: Any, backend: str = "auto", **kwargs: Any) -> SwinTransformer:
-    """Make mmpretrain's SwinTransformer from the same arguments, and accelerate it.
+    """Create mmpretrain's SwinTransformer from ``args`` and ``kwargs``, and accelerate it.
 
     Args:
-        backend: as for :func:`swinkernels.accelerate`.
+        backend: the ``backend`` argument of :func:`swinkernels.accelerate`.
     """
     model = SwinTransformer(*args, **kwargs)
     accelerate(model, backend=backend)
@@ -31,14 +31,14 @@ def SwinKernelsSwinTransformer(*args: Any, backend: str = "auto", **kwargs: Any)
 
 @MODELS.register_module()
 def SwinKernelsSwinTransformerV2(*args: Any, backend: str = "auto", **kwargs: Any) -> SwinTransformerV2:
-    """Make mmpretrain's SwinTransformerV2 from the same arguments, and accelerate it."""
+    """Create mmpretrain's SwinTransformerV2 from ``args`` and ``kwargs``, and accelerate it."""
     model = SwinTransformerV2(*args, **kwargs)
     accelerate(model, backend=backend)
     return model
 
 
 def __getattr__(name: str) -> Any:
-    """Return a class of the adapter, for pickles from 0.1.0, in which this module defined the adapter."""
+    """Return the adapter's class ``name``, for pickles from 0.1.0, in which this module defined the adapter."""
     from swinkernels.adapters.libraries import mmpretrain as adapter
 
     try:

@@ -36,7 +36,7 @@ def make_stages(
     options: dict[str, Any],
     pretrained_window_sizes: Sequence[int],
 ) -> list[BasicLayer]:
-    """Make the stages of an encoder with the same ``options``; all stages but the last end with patch merging."""
+    """Create the stages of an encoder. All use ``options``; all but the last end with patch merging."""
     stages = []
     for i, depth in enumerate(depths):
         more: dict[str, Any] = {"drop_path": rates[i], **options}

@@ -101,23 +101,23 @@ class Loaded:
 def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str = "auto") -> Loaded:
     """Load a published Swin checkpoint into a model with the parameter names of Microsoft's code.
 
-    Names are translated, separate q, k and v biases are joined and, for mmpretrain, the channels of patch merging are
+    Names are translated, separate q, k and v layers are joined and, for mmpretrain, the channels of patch merging are
     reordered. A bias table trained with another window is resized by the rule that the checkpoint's library uses:
 
     - timm: linear interpolation between the source's offsets, which are placed in the new window at distances that
       grow geometrically. This keeps the centre and the outermost offsets for a larger window, and nearly crops the
       table for a smaller one.
     - mmpretrain: interpolation between the same offsets, by cubic splines; this needs SciPy.
-    - Microsoft, and libraries without a rule (torchvision, transformers, MONAI): bicubic, which scales the table.
+    - Microsoft, and libraries without a rule (torchvision, transformers, MONAI): bicubic interpolation of the table.
 
     Swin v2 has no table. Its position MLP is evaluated at the offsets of the new window; for this, the model must be
-    made with ``pretrained_window_sizes``.
+    created with ``pretrained_window_sizes``.
 
     Args:
         model: :class:`SwinTransformer`, :class:`SwinUnet`, or another module with ``patch_embed`` and stages
             ``layers`` of :class:`swinkernels.nn.BasicLayer`, in 2D or 3D. The model is changed only if all entries fit.
-        checkpoint: the state dict of a model of the source, or a dict that contains it as "model" or "state_dict". Keys
-            may have a prefix, such as "backbone." or "module.".
+        checkpoint: the state dict of a model from ``source``, or a dict that contains it as "model" or "state_dict".
+            Keys may have a prefix, such as "backbone." or "module.".
         source: "microsoft", "timm", "torchvision", "transformers", "mmpretrain", "monai", or "auto", which infers it
             from the keys.
 
@@ -220,7 +220,7 @@ def _find_source(source: str, state: Tensors) -> tuple[str, str]:
 
 
 def _first_merging(state: Tensors, prefix: str = "") -> int | None:
-    """Return the first stage with merging: 0 if merging ends a stage, 1 if it begins one, None if none merges."""
+    """Return the index of the first stage with merging (0 if merging ends stages, 1 if it begins them), or None."""
     found = [re.match(rf"{re.escape(prefix)}layers[._](\d+)\.downsample\.", key) for key in state]
     return min((int(m[1]) for m in found if m is not None), default=None)
 
@@ -232,7 +232,7 @@ def _rename(source: str, key: str) -> str:
 
 
 def _with_joined_qkv(state: Tensors) -> Tensors:
-    """Join q, k and v into one weight and one bias; in v2, split a bias of qkv into biases of q and v."""
+    """Join the weights and biases of q, k and v into those of qkv; in v2, store the biases as q_bias and v_bias."""
     joined = dict(state)
     for key in state:
         prefix = key.removesuffix("logit_scale")
@@ -257,7 +257,7 @@ def _with_joined_qkv(state: Tensors) -> Tensors:
 
 
 def _with_merging_of(model: nn.Module, state: Tensors) -> Tensors:
-    """Rename the keys of patch merging to the stages that begin or end with it in the model."""
+    """Renumber the stages in the keys of patch merging to match ``model``, where merging ends or begins stages."""
     theirs, ours = _first_merging(state), _first_merging(model.state_dict())
     if theirs is None or ours is None or theirs == ours:
         return state
@@ -276,7 +276,7 @@ def _with_names_of_norms(state: Tensors, expected: Tensors) -> Tensors:
 
 
 def _reorder_merging(model: nn.Module, state: Tensors) -> None:
-    """Reorder the merging weights from mmcv's order, by channel, to the model's order, by neighbour."""
+    """Reorder the input channels of patch merging from mmcv's order, channel-major, to the model's, neighbour-major."""
     for key in [k for k in state if re.match(r"layers\.\d+\.downsample\.reduction\.weight$", k)]:
         path = key.removesuffix(".reduction.weight")
         try:
@@ -294,7 +294,7 @@ def _reorder_merging(model: nn.Module, state: Tensors) -> None:
 
 
 def _for_decoder(state: Tensors, expected: Tensors) -> Tensors:
-    """Copy the encoder's blocks to the decoder stages of the same width."""
+    """Return the entries of the encoder's blocks under the names of the decoder stages of the same width."""
     last = max(int(m[1]) for key in expected if (m := re.match(r"layers\.(\d+)\.", key)) is not None)
     found = {}
     for key, value in state.items():
@@ -310,7 +310,7 @@ def _computed(key: str) -> bool:
 
 
 def _leave(model: nn.Module, state: Tensors, expected: Tensors, loaded: Loaded) -> None:
-    """Remove the entries that the model does not need from a checkpoint, and record the reasons."""
+    """Remove the entries that the model does not need from ``state``, and record them in ``loaded.left``."""
     stages = 1 + max((int(m[1]) for key in expected if (m := re.match(r"layers\.(\d+)\.", key))), default=-1)
     for key in list(state):
         if re.match(r"head\.", key):
@@ -347,7 +347,7 @@ def _resize_tables(model: nn.Module, state: Tensors, expected: Tensors, loaded: 
         axes = len(target)
         side = round(table.shape[0] ** (1 / axes))
         if side**axes != table.shape[0] or axes == 3:
-            continue  # unknown window of the checkpoint: reported later as a wrong shape
+            continue  # the checkpoint's window is unknown; reported later as a wrong shape
         rule, resize = _RULES.get(loaded.source, _RULES["microsoft"])
         if loaded.source not in _RULES:
             rule += f"; {loaded.source} has no rule for resizing"
@@ -362,7 +362,7 @@ def _bicubic(table: Tensor, side: int, target: tuple[int, ...]) -> Tensor:
 
 
 def _geometric_offsets(side: int, target: int) -> Tensor:
-    """Return where a source's offsets are placed among a target's: at 0, then at geometrically growing distances."""
+    """Return the positions of ``side`` offsets among ``target`` offsets: around 0, with geometrically growing gaps."""
     reach, wanted = side // 2, target // 2
     low, high = 1.01, 1.5
     ratio = low
@@ -377,7 +377,7 @@ def _geometric_offsets(side: int, target: int) -> Tensor:
 
 
 def _linear_weights(at: Tensor, wanted: Tensor) -> Tensor:
-    """Return the weights, (wanted, at), that interpolate linearly between offsets and are constant beyond the ends."""
+    """Return the (wanted, at) matrix that interpolates linearly from offsets ``at`` to ``wanted``, constant outside."""
     right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
     share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
     weights = torch.zeros(len(wanted), len(at), dtype=at.dtype)
@@ -420,7 +420,7 @@ _RULES: dict[str, tuple[str, Callable[[Tensor, int, tuple[int, ...]], Tensor]]] 
 
 
 def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
-    """Report v2's tables of offsets that differ from the model's; remove all of these tables and the masks."""
+    """Remove v2 offset tables and masks from ``state``; return an error for each table that does not fit the model."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_coords_table")]:
         path = key.rpartition(".")[0]
@@ -452,13 +452,13 @@ def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
 
 
 def _wrong_indices(model: nn.Module, state: Tensors) -> list[str]:
-    """Report indices of the bias table that differ from the model's; remove all indices from the state."""
+    """Remove bias-table indices from ``state``; return an error for each that differs from the model's."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_position_index")]:
         theirs = state.pop(key)
         try:
             module: Any = model.get_submodule(key.rpartition(".")[0])
-        except AttributeError:  # its missing parameters are reported
+        except AttributeError:  # reported already: the model has no such parameters
             continue
         ours = relative_position_index(module.window_size, device="cpu").reshape(-1)
         if not theirs.is_meta and not torch.equal(theirs.reshape(-1).to("cpu", ours.dtype), ours):

@@ -15,7 +15,7 @@ from swinkernels.ops._backends import check_backend
 
 
 def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts: Any) -> None:
-    """Check the arguments that all constructors have, and ``counts``, which must be positive, such as channels."""
+    """Check the arguments common to all constructors. ``counts``, such as channels, must be positive integers."""
     for name, count in counts.items():
         _arguments.check_count(op, name, count)
     if isinstance(spatial_dims, bool) or spatial_dims not in (2, 3):
@@ -25,7 +25,7 @@ def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts
 
 
 def refuse_tracing(op: str) -> None:
-    """Raise a clear error under torch.jit.trace, which cannot record the ops and would raise an obscure one."""
+    """Raise an error under torch.jit.trace, which cannot record the ops and would raise an obscure error instead."""
     if torch.jit.is_tracing():
         raise RuntimeError(
             f"{op}: torch.jit.trace cannot record window attention. Use torch.export.export or torch.compile, or trace "
@@ -68,7 +68,7 @@ def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
 
 
 def forgive(unexpected_keys: list[str], prefix: str, names: Sequence[str]) -> None:
-    """Remove from ``unexpected_keys`` the buffers that published checkpoints contain and these modules compute."""
+    """Remove ``names``, buffers that only published checkpoints contain, from a module's ``unexpected_keys``."""
     unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in names}]
 
 
@@ -81,9 +81,9 @@ _OF_ALL_MODULES = (
 
 
 def is_bare(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Return True if the class of a module is exactly ``kind`` and it has no hooks and no replaced forward.
+    """Return True if ``module`` is exactly of class ``kind`` and has no hooks and no replaced forward.
 
-    An op can then be used instead of calling the module.
+    An op can then run instead of the module.
     """
     if module is None:
         return False

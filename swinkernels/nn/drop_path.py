@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a residual branch for random samples and scale it up for the others.
+    """Stochastic depth: in training, drops a residual branch for random samples and scales it up for the others.
 
     Args:
         drop_prob: the probability that the branch of a sample is dropped, 0..1.
@@ -22,7 +22,7 @@ class DropPath(nn.Module):
         self.drop_prob = float(drop_prob)
 
     def scale(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Draw a factor for each sample of y, (B,): 0 to drop the sample, else 1 / (1 - p). None means 1.
+        """Draw per-sample factors (B,) for ``y``: 0 to drop a sample, else 1 / (1 - p). Return None if all are 1.
 
         If y is not the branch itself, pass the branch's ``dtype``, because the random numbers on a GPU depend on it.
         """

@@ -18,7 +18,7 @@ class Mlp(nn.Module):
     Args:
         in_features: channels of a token.
         hidden_features, out_features: ``in_features`` by default.
-        act_layer: class or function that makes the activation.
+        act_layer: class or function that creates the activation.
         drop: probability of dropout.
         device, dtype: device and dtype of the parameters.
 
@@ -47,7 +47,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def is_half(self) -> bool:
-        """Return True if ``mlp_half`` would now give the same result: with GELU, without active dropout and hooks."""
+        """Return True if ``mlp_half`` can replace the modules: GELU, no hooks and no active dropout."""
         modules: Any = self._modules  # bypasses __getattr__, which is slow
         drop = modules["drop"]
         return (
@@ -59,7 +59,7 @@ class Mlp(nn.Module):
         )
 
     def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
-        """Run the MLP half of a block with ``mlp_half``, given the block's norm; ``options`` are further arguments."""
+        """Run the MLP half of a block with ``mlp_half``, given the block's norm and further arguments ``options``."""
         modules: Any = self._modules
         fc1, fc2 = modules["fc1"], modules["fc2"]
         return mlp_half(

@@ -15,7 +15,7 @@ from swinkernels.ops.layer_norm import layer_norm
 
 
 class PatchEmbed(nn.Module):
-    r"""Project every patch of an image to one token and optionally normalise it.
+    r"""Projects every patch of an image to one token and optionally normalises it.
 
     .. math:: y_i = LayerNorm(W \cdot patch_i + b)
 

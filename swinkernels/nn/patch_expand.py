@@ -15,7 +15,7 @@ from swinkernels.ops.patch_expanding import patch_expanding
 
 
 class PatchExpand(nn.Module):
-    r"""Expand every token linearly into several neighbouring tokens and normalise each of them (Swin-Unet).
+    r"""Expands every token linearly into several neighbouring tokens and normalises each of them (Swin-Unet).
 
     .. math:: y_{i \cdot f + o} = LayerNorm((W x_i)_o)
 

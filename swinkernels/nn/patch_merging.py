@@ -60,7 +60,7 @@ class _PatchMerging(nn.Module):
 
 
 class PatchMerging(_PatchMerging):
-    r"""Concatenate the channels of neighbouring tokens, two per axis, normalise and reduce them (Swin v1).
+    r"""Concatenates the channels of neighbouring tokens, two per axis, normalises and reduces them (Swin v1).
 
     .. math:: y = W \cdot LayerNorm(concat(x_{2i + o}))
 
@@ -92,7 +92,7 @@ class PatchMerging(_PatchMerging):
 
 
 class PatchMergingV2(_PatchMerging):
-    r"""Concatenate the channels of neighbouring tokens, two per axis, reduce and normalise them (Swin v2).
+    r"""Concatenates the channels of neighbouring tokens, two per axis, reduces and normalises them (Swin v2).
 
     .. math:: y = LayerNorm(W \cdot concat(x_{2i + o}))
 

@@ -23,7 +23,7 @@ from swinkernels.ops.residual_layer_norm import residual_layer_norm, residual_po
 
 
 def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the window; if the map's size is given, clip the window to it on each axis."""
+    """Return ``window``, clipped on each axis to the map's size ``resolution`` unless that is None."""
     if resolution is None:
         return tuple(window)
     return tuple(min(w, n) for w, n in zip(window, resolution, strict=True))
@@ -63,7 +63,7 @@ class _Block(nn.Module):
         self.input_resolution = resolution
         self.backend = backend
         shift = tuple(shift_size) if isinstance(shift_size, Sequence) else (shift_size,) * len(window)
-        if resolution is not None:  # no shift on an axis with one window, where the shift could exceed it
+        if resolution is not None:  # no shift on an axis with one window: the shift could exceed the clipped window
             shift = tuple(0 if n <= w else s for n, w, s in zip(resolution, window, shift, strict=True))
         self.norm1 = nn.LayerNorm(dim, eps=eps, **factory)
         self.attn = self._ATTENTION(
@@ -90,10 +90,10 @@ class _Block(nn.Module):
         return self.attn.shift_size
 
     def _is_of_halves(self, x: Tensor) -> bool:
-        """Return True if attention_half and mlp_half would now give the same result as the modules, and are worthwhile.
+        """Return True if attention_half and mlp_half can replace the modules and are worthwhile.
 
-        The halves store less for a backward pass and fuse matrix products on a CPU, but take more host time. If
-        there is no backward pass and no product to fuse, the modules are called.
+        The halves save fewer tensors for the backward pass and fuse matrix products on a CPU, but take more host time.
+        If there is no backward pass and no product to fuse, the modules are called.
         """
         modules: Any = self._modules  # bypasses __getattr__, which is slow
         attn, mlp = modules["attn"], modules["mlp"]
@@ -107,7 +107,7 @@ class _Block(nn.Module):
         )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
-        """Run the block on a map, with the norms on the given backend."""
+        """Run the block on the map ``x``, with the norms on ``backend``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -123,7 +123,7 @@ class _Block(nn.Module):
 
 
 class SwinTransformerBlock(_Block):
-    r"""Shifted-window attention and an MLP, each after a norm and in a residual connection (Swin v1).
+    r"""Shifted-window attention and an MLP, each with a preceding norm and a residual connection (Swin v1).
 
     .. math::
         s = x + attention(LayerNorm(x)), \quad y = s + MLP(LayerNorm(s))
@@ -132,22 +132,22 @@ class SwinTransformerBlock(_Block):
 
     Args:
         dim: channels C of a token.
-        input_resolution: size (H, W) or (D, H, W) of the map for which the block is made, or None. On axes where this
+        input_resolution: size (H, W) or (D, H, W) of the map for which the block is built, or None. On axes where this
             map is smaller than the window, the window and the bias table shrink to the map (as in timm, and in
             Microsoft's code for square maps). With None the window never shrinks. The block accepts maps of any size in
             either case.
         num_heads, qkv_bias, qk_scale, head_dim, small_maps, pad_order: as for :class:`WindowAttention`.
         window_size: tokens per axis, an int or one value for each of two or three axes.
-        shift_size: tokens by which the windows are shifted. Published models use 0, and window // 2 in every other
-            block. An axis that one window covers is not shifted.
+        shift_size: tokens by which the windows are shifted. Published models alternate between 0 and window // 2. An
+            axis that one window covers is not shifted.
         mlp_ratio: hidden channels of the MLP as a multiple of C.
         drop: dropout probability after the projection and in the MLP.
         attn_drop: dropout probability of attention weights.
         drop_path: probability of dropping a branch for a sample.
-        act_layer: class or function that makes the MLP's activation.
+        act_layer: class or function that creates the MLP's activation.
         eps: added to the variance of the norms.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", for the attention; norms run on the same
-            backend if it has them.
+            backend if it supports them.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -211,7 +211,7 @@ class SwinTransformerBlock(_Block):
         modules: Any = self._modules
         first, attn, drop_path1, second, mlp, drop_path2 = map(modules.get, self._CALLED)
         if self._is_of_halves(x):
-            if fuses(x):  # the projection then adds the residual, instead of the op with the norm
+            if fuses(x):  # the fused projection adds the residual, instead of the op with the norm
                 d, e = drop_path1.scale(x), drop_path2.scale(x)
                 x = attn.run_half(x, first, drop_path_scale=d)
                 return mlp.run_half(x, second, drop_path_scale=e, backend=backend)
@@ -227,7 +227,7 @@ class SwinTransformerBlock(_Block):
 
 
 class SwinTransformerBlockV2(_Block):
-    r"""Shifted-window cosine attention and an MLP, each followed by a norm and in a residual connection (Swin v2).
+    r"""Shifted-window cosine attention and an MLP, each with a following norm and a residual connection (Swin v2).
 
     .. math::
         s = x + LayerNorm(attention(x)), \quad y = s + LayerNorm(MLP(s))
@@ -318,13 +318,13 @@ class BasicLayer(nn.Module):
         depth: number of blocks; every other one is shifted by half a window.
         num_heads, window_size, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop: as for :class:`SwinTransformerBlock`.
         drop_path: one value for all blocks, or a value for each block.
-        downsample: class or function that makes the patch merging, or None for no merging. Merging follows the blocks,
-            from C to 2C channels, as in Microsoft's code. With ``downsample_first`` it precedes them, from C / 2 to C
-            channels, as in timm.
+        downsample: class or function that creates the patch merging, or None for no merging. Merging follows the
+            blocks, from C to 2C channels, as in Microsoft's code. With ``downsample_first`` it precedes them, from
+            C / 2 to C channels, as in timm.
         use_checkpoint: True to store only the input of each block in training and recompute the rest in the backward
             pass.
-        upsample: class or function that makes the patch expanding of C channels after the blocks, as in Swin-Unet's
-            decoder. None for no expanding.
+        upsample: class or function that creates the patch expanding of C channels after the blocks, as in Swin-Unet's
+            decoder, or None for no expanding.
         options: further arguments of the blocks (``head_dim``, ``small_maps``, ``pad_order``, ``act_layer``, ``eps``).
         backend: backend of the blocks and, if it supports them, of merging and expanding.
         device, dtype: device and dtype of the parameters.
@@ -384,7 +384,7 @@ class BasicLayer(nn.Module):
         of_merging = {"backend": backend_beside("patch_merging", backend), **factory}
         if qk_scale is not None:
             options["qk_scale"] = qk_scale
-        # The modules are created in the order in which the published code draws their parameters.
+        # Modules are created in the order of the published code, so that a seed gives the same initial parameters.
         self.downsample = downsample(dim // 2, **of_merging) if downsample is not None and downsample_first else None
         self.blocks = nn.ModuleList(
             self._BLOCK(

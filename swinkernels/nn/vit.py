@@ -159,7 +159,7 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Multiply each channel of a branch by a trainable factor, ``gamma``.
+    """Multiplies each channel of a branch by a trainable factor, ``gamma``.
 
     Args:
         dim: channels of a token.
@@ -191,7 +191,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    r"""A block of a vision transformer: attention and an MLP, each after a norm and in a residual connection.
+    r"""A block of a vision transformer: attention and an MLP, each with a preceding norm and a residual connection.
 
     .. math::
         s = x + \gamma_1 \, attention(LayerNorm(x)), \quad y = s + \gamma_2 \, MLP(LayerNorm(s))
@@ -205,7 +205,7 @@ class Block(nn.Module):
         proj_drop: dropout probability after the projection and in the MLP.
         init_values: initial value of the branches' factors gamma; None or 0 for no factors.
         drop_path: probability of dropping a branch for a sample.
-        act_layer: class or function that makes the MLP's activation.
+        act_layer: class or function that creates the MLP's activation.
         eps: added to the variance of the norm.
 
     Shape: as for :class:`Attention`.

@@ -22,7 +22,7 @@ SMALL_MAPS = ("pad", "clip")
 
 
 def window_per_axis(op: str, window_size: Any) -> tuple[int, ...]:
-    """Return the window with one value per axis. An int gives two equal values."""
+    """Return ``window_size`` with one value per axis. An int gives two equal values."""
     rank = len(window_size) if isinstance(window_size, Sequence) else 2
     if rank not in (2, 3):
         raise ValueError(f"{op}: window_size must be an int or have two or three values, got {window_size!r}")
@@ -53,7 +53,7 @@ class _WindowAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
 
     def _qkv_bias(self) -> Tensor | None:
-        """Return the bias of qkv, which is also q, k and v of a pad token, or None for no bias."""
+        """Return the bias of qkv, which equals q, k and v of a pad token, or None if there is no bias."""
         return self.qkv.bias
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -61,15 +61,15 @@ class _WindowAttention(nn.Module):
         return self.qkv(x), self._qkv_bias()
 
     def _scores(self) -> dict[str, Any]:
-        """Return the op's arguments that define the scores."""
+        """Return the arguments of the op that define the scores."""
         raise NotImplementedError
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the window for a map of this size, given the window without clipping."""
+        """Return the window for a map of the given ``size``; ``full`` is the window before clipping."""
         return full
 
     def _arguments(self, axes: Sequence[int]) -> dict[str, Any]:
-        """Return the op's arguments for a map of this size, except the map and ``pad_qkv``."""
+        """Return the arguments of the op for a map of size ``axes``, except the map and ``pad_qkv``."""
         full = (1,) * (len(axes) - len(self.window_size)) + self.window_size  # frame by frame
         window = self._window(axes, full)
         shift = (0,) * (len(axes) - len(self.shift_size)) + self.shift_size
@@ -94,9 +94,9 @@ class _WindowAttention(nn.Module):
         return as_given(self.proj_drop(self.proj(out)), size)
 
     def is_half(self) -> bool:
-        """Return True if ``attention_half`` would now give the same result as the modules: without dropout and hooks.
+        """Return True if ``attention_half`` can replace the modules: no hooks and no active dropout.
 
-        With attention dropout the random numbers would differ: the modules draw them before those of stochastic depth,
+        With attention dropout, the random numbers would differ: the modules draw them before those of stochastic depth,
         but the factors of stochastic depth must be drawn before ``attention_half`` is called.
         """
         modules: Any = self._modules  # bypasses __getattr__, which is slow
@@ -160,7 +160,7 @@ class WindowAttention(_WindowAttention):
         shift_size: tokens by which the windows are shifted, an int or one per axis, 0..window - 1. An axis that one
             window covers is not shifted.
         small_maps: on axes where the map is smaller than the window, "pad" pads the map, and "clip" shrinks the window
-            to the map and reads the bias table as MONAI and Video-Swin do (tokens numbered in the full window).
+            to the map; its token t then uses the bias of token t of the full window, as in MONAI and Video-Swin.
         pad_order: "pad_then_roll" (Microsoft, torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference".
         device, dtype: device and dtype of the parameters.
@@ -223,7 +223,7 @@ class WindowAttention(_WindowAttention):
 
 
 def _fill_coords_table(attn: WindowAttentionV2, _incompatible_keys: Any) -> None:
-    """Compute the table again after loading, because ``assign=True`` can change the dtype and device of the MLP."""
+    """Recompute the table after loading, because ``assign=True`` can change the dtype and device of the MLP."""
     attn.fill_coords_table()
 
 
@@ -323,7 +323,7 @@ class WindowAttentionV2(_WindowAttention):
                 table.copy_(self._coords_table())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WindowAttentionV2:
-        """Apply ``fn``, for example to move the module, and refill the buffer of offsets for ``to_empty``."""
+        """Apply ``fn``, for example to move the module, and recompute the offsets, which ``to_empty`` would lose."""
         super()._apply(fn, recurse)
         self.fill_coords_table()
         return self

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops; they are the same for every backend."""
+"""Argument checks shared by the ops and independent of the backend."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Ints = int | Sequence[int]
 
 
 def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
-    """Return the reason why the op rejects heads or windows of this size, for a report, or None if it accepts them."""
+    """Return the reason, for a report, why the op rejects ``head_dim`` or ``window``, or None if it accepts them."""
     if head_dim > MAX_HEAD_DIM:
         return f"its heads have {head_dim} channels, and the op accepts at most {MAX_HEAD_DIM}"
     volume = math.prod(window)
@@ -40,7 +40,7 @@ def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
 
 
 def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """Round the map's size up to whole windows, per axis."""
+    """Return ``size`` rounded up to a multiple of ``window`` on each axis."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
 
 
@@ -60,7 +60,7 @@ def _index(value: Any) -> int | None:
 
 
 def _is_symbolic_or_int(value: Any) -> bool:
-    """Return True for an int or a symbolic int. Neither is converted, so a symbolic int stays symbolic."""
+    """Return True for an int or a symbolic int, without converting it, so a symbolic int stays symbolic."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -273,7 +273,7 @@ def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:
 
 
 def check_ints(op: str, name: str, value: Any, rank: int, *, at_least: int) -> tuple[int, ...]:
-    """Check an int or one int per axis."""
+    """Check that ``value`` is an int or one int per axis, and return one int per axis."""
     values = per_axis_ints(op, name, value, rank)
     if any(v < at_least for v in values):
         raise ValueError(f"{op}: {name} must be at least {at_least} per axis, got {values}")
@@ -427,7 +427,7 @@ def _check_key_window(
     keys: tuple[int, ...],
     beside: Mapping[str, bool],
 ) -> None:
-    """Check a key window that differs from the window; ``beside`` maps the arguments that it excludes to "is given"."""
+    """Check a key window that differs from the window; ``beside`` maps excluded arguments to True if given."""
     if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
         raise ValueError(
             f"{op}: key_window must be window_size plus an even number of tokens per axis, half of them on each side, "
@@ -501,8 +501,8 @@ def check_window_call(
     if any(s < 1 for s in size):
         raise ValueError(f"{op}: every axis of the map must have at least one token, got S = {size}")
     frame = frame_size(size, window)
-    # The largest tensors that a backend allocates are the scores, batch * windows * heads * N * M = batch * frame *
-    # heads * M of them, and the padded q, k and v.
+    # The largest tensors that a backend may allocate are the scores, with batch * windows * heads * N * M = batch *
+    # frame * heads * M elements, and the padded q, k and v.
     elements = tokens.shape[0] * math.prod(frame) * num_heads * max(m, 3 * head_dim)
     if isinstance(elements, int) and elements > MAX_ELEMENTS:  # comparing a symbolic size would add a guard
         raise ValueError(
@@ -522,10 +522,10 @@ def check_window_call(
         for wraps, shift, s, w in zip(spec.periodic, spec.shift_size, size, window, strict=True)
     ):
         raise ValueError(
-            f"{op}: a shifted periodic axis must consist of whole windows with pad_order='pad_then_roll', which puts "
-            f"the padding between its two ends; got S = {size}, window {window} and periodic {spec.periodic}. Use "
-            "pad_order='roll_then_pad', which joins the ends first; to mask its pad tokens, too, give a region_map "
-            "instead of periodic, and pad_before for padding on both sides (as in Aurora)"
+            f"{op}: a shifted periodic axis must consist of whole windows with pad_order='pad_then_roll', which would "
+            f"pad between its last token and its first; got S = {size}, window {window} and periodic {spec.periodic}. "
+            "Use pad_order='roll_then_pad', which pads after the cyclic shift; to mask the pad tokens, too, pass a "
+            "region_map instead of periodic, and pad_before for padding on both sides (as in Aurora)"
         )
     bias_table, bias = tables.get("bias_table"), tables.get("bias")
     if bias_table is not None:

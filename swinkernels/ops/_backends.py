@@ -1,7 +1,7 @@
-"""Backend support and choice: one function per op lists the reasons why a backend cannot run some inputs.
+"""Backend support and choice: one function per op lists the reasons why a backend cannot run a call.
 
-Backend choice, error messages and test skips all use that list. The function for window attention is next to its op, in
-``ops/window_attention.py``.
+Backend choice, error messages and test skips all use these reasons. The function for window attention is next to its
+op, in ``ops/window_attention.py``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true",
 
 
 def _not_installed() -> dict[str, str | None]:
-    """Map each backend to the reason why this installation lacks it, or to None."""
+    """Return, for each backend, the reason why it is not installed, or None."""
     missing: dict[str, str | None] = {**dict.fromkeys(PLAIN), "cpu": _extension.error, "cuda": _extension.error}
     if _extension.build is not None:
         if not _extension.build["cuda"]:
@@ -71,7 +71,7 @@ if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
 
 
 def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
-    """Return True if kernels compiled for arch_list ("8.0", "9.0+PTX", ...) run on a GPU of this compute capability."""
+    """Return True if kernels compiled for arch_list ("8.0", "9.0+PTX", ...) run on this compute ``capability``."""
     for arch in arch_list:
         match = re.fullmatch(r"(\d+)\.(\d+)(a|f)?(\+PTX)?", arch)
         if match is None:
@@ -87,7 +87,7 @@ def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
 
 @constant_when_compiled
 def gpu_reason(backend: str, device: torch.device) -> str | None:
-    """Return why a backend's kernels do not run on this GPU, or None if they do. The result is cached per GPU."""
+    """Return why the kernels of ``backend`` do not run on the GPU ``device``, or None if they do; cached per GPU."""
     return _find_gpu_reason(backend, device)
 
 
@@ -108,7 +108,7 @@ def _find_gpu_reason(backend: str, device: torch.device) -> str | None:
 
 @constant_when_compiled
 def why_no_kernels(device: torch.device) -> str | None:
-    """Return why "auto" finds no kernel for any call on this device, or None if it may find one."""
+    """Return why "auto" finds no kernel for any call on ``device``, or None if it may find one."""
     return _find_why_no_kernels(device)
 
 
@@ -158,7 +158,7 @@ def _dtype_reasons(backend: str, *dtypes: torch.dtype) -> list[str]:
 
 
 def _longest_window(backend: str, device: torch.device) -> int | None:
-    """Return the largest window, in tokens, that this backend takes, or None if only the op limits it."""
+    """Return the largest window volume that ``backend`` accepts on ``device``, or None if only the op limits it."""
     limits = LIMITS.get(backend)
     if limits is None or device.type != "cuda":
         return None
@@ -166,18 +166,18 @@ def _longest_window(backend: str, device: torch.device) -> int | None:
 
 
 def has_room_for_longest(backend: str, device: torch.device) -> bool:
-    """Return True unless the device is a GPU whose blocks have too little shared memory for the longest windows."""
+    """Return False for a GPU with too little shared memory per block for the largest windows, otherwise True."""
     return device.type != "cuda" or _shared_bytes(device) >= LIMITS[backend]["shared_bytes_of_longest"]
 
 
 @constant_when_compiled
 def _shared_bytes(device: torch.device) -> int:
-    """Return the shared memory, in bytes, that a block may have on this GPU."""
+    """Return the largest shared memory of a block on the GPU ``device``, in bytes."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def window_volume_reasons(backend: str, volume: int, device: torch.device) -> list[str]:
-    """List the reason, if any, why a backend cannot take windows of this many tokens."""
+    """List the reason, if any, why ``backend`` does not accept windows of ``volume`` tokens."""
     largest = _longest_window(backend, device)
     if largest is None or volume <= largest:
         return []
@@ -194,7 +194,7 @@ def window_partition_reasons(backend: str, device: torch.device) -> list[str]:
 def norm_reasons(
     backend: str, op: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> list[str]:
-    """List the reasons why a backend cannot normalise these rows.
+    """List the reasons why ``backend`` cannot run the norm of ``op``.
 
     ``row`` is the number of elements normalised together, ``dtypes`` the dtypes read and written.
     """
@@ -232,7 +232,7 @@ def patch_merging_reasons(
     """
     if norm == "pre":
         return norm_reasons(backend, "patch_merging", row, dtypes, device)
-    # With "triton", torch computes the norm of "post".
+    # With backend "triton", torch computes the norm after the reduction.
     of_norm = [] if backend == "triton" else norm_reasons(backend, "layer_norm", row, dtypes, device)
     return list(dict.fromkeys(window_partition_reasons(backend, device) + of_norm))
 
@@ -247,7 +247,7 @@ def mlp_half_reasons(
     """List the reasons why a backend cannot run a whole MLP half as one kernel.
 
     ``widths`` are the numbers of channels and of hidden channels, ``dtypes`` the dtypes of x and of the products, and
-    ``unsupported`` names the call's arguments that the kernel does not have.
+    ``unsupported`` names the arguments of the call that the kernel does not support.
     """
     reasons = _reasons(backend, "mlp_half", device) + _dtype_reasons(backend, *dtypes)
     if not reasons and (dtypes not in NORM_DTYPES or dtypes[1] == torch.float32):
@@ -293,7 +293,7 @@ def _observed(op: str, backend: str) -> str:
 
 @contextlib.contextmanager
 def observe_choices(observe: Callable[[str, str], None]) -> Iterator[None]:
-    """Call ``observe(op, backend)`` for every choice of a backend. Calls found in the cache make no choice."""
+    """Call ``observe(op, backend)`` for every choice of a backend. A call found in the call cache makes no choice."""
     _OBSERVERS.append(observe)
     try:
         yield
@@ -302,5 +302,5 @@ def observe_choices(observe: Callable[[str, str], None]) -> Iterator[None]:
 
 
 def backend_beside(op: str, requested: str) -> str:
-    """Return the backend for an op called next to attention: ``requested`` if this backend has the op, else "auto"."""
+    """Return the backend for ``op`` called next to attention: ``requested`` if that implements ``op``, else "auto"."""
     return requested if requested in ("auto", *PLAIN, *IMPLEMENTED[op]) else "auto"

@@ -1,8 +1,8 @@
 """Decomposes the forward ops into plain PyTorch, for exporters (ONNX, OpenVINO, ExecuTorch) and programs in core ATen.
 
-Indices that are computed from the map's size gather tokens into windows and back. A symbolic size then needs no guard,
-and one program accepts maps with and without padding. For a fixed size the indices are constants, which the exporters
-fold. Eager calls run ``ops/fallback.py`` instead, which is written for speed and has the same arithmetic.
+Tokens are gathered into windows and back with indices computed from the map's size. A symbolic size then needs no
+guard, and one program accepts maps with and without padding. For a fixed size the indices are constants, which the
+exporters fold. Eager calls run ``ops/fallback.py`` instead, which is written for speed and has the same arithmetic.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _known_equal(a: Any, b: Any) -> bool:
 
 
 def _modulo(y: Tensor, n: Any) -> Tensor:
-    """Return y % n. A symbolic n becomes a tensor, because ONNX exporters accept no other form."""
+    """Return y % n. A symbolic n becomes a tensor, because ONNX exporters do not accept a symbolic int here."""
     return y % (n if isinstance(n, int) else torch.full((), n, dtype=y.dtype, device=y.device))
 
 
@@ -61,7 +61,7 @@ class _Windows:
         self.may_have_pads = not all(map(_known_equal, self._size, self._frame))
 
     def _axes(self, key_window: Sequence[int] | None = None) -> list[Tensor]:
-        """Return the coordinates in the frame of all window tokens (or keys), one (windows, tokens) per axis."""
+        """Return the frame coordinates of all window tokens (or keys): one (windows, tokens) tensor per axis."""
         axes = []
         for count, w, m in zip(self._counts, self._window, key_window or self._window, strict=True):
             number, token = torch.arange(count, device=self._device), torch.arange(m, device=self._device)
@@ -72,7 +72,7 @@ class _Windows:
         return axes
 
     def _per_token(self, axes: Sequence[Tensor], lengths: Sizes) -> Tensor:
-        """Return the row-major number of each token, (num_windows, N), given its coordinates as from :meth:`_axes`."""
+        """Return the row-major index of each token, (num_windows, N), given its coordinates from :meth:`_axes`."""
         rank, number = len(axes), None
         for axis, (values, length) in enumerate(zip(axes, lengths, strict=True)):
             shape = [1] * (2 * rank)
@@ -83,7 +83,7 @@ class _Windows:
         return number.flatten(rank).flatten(0, rank - 1)
 
     def sources(self, key_window: Sequence[int] | None = None) -> Tensor:
-        """Return each window token's row-major number in the map, (num_windows * N,); a pad token's is prod(size)."""
+        """Return each window token's row-major index in the map, (num_windows * N,), or prod(size) for a pad token."""
         axes, outside = [], []
         for g, s, p, shift, before in zip(
             self._axes(key_window), self._size, self._frame, self._shift, self._before, strict=True
@@ -97,7 +97,7 @@ class _Windows:
         return numbers.flatten()
 
     def positions(self) -> Tensor:
-        """Return each map token's row-major number among the window tokens, (prod(size),)."""
+        """Return each map token's index among the tokens of all windows, (prod(size),)."""
         n, rank = math.prod(self._window), len(self._size)
         window: Any = 0
         token: Any = 0
@@ -116,7 +116,7 @@ class _Windows:
         return (window * n + token).flatten()
 
     def regions(self, region_map: Tensor | None, periodic: Sequence[bool]) -> Tensor | None:
-        """Return each window token's region number for the mask, (num_windows, N), or None if nothing is masked."""
+        """Return each window token's region for the mask, (num_windows, N), or None if nothing is masked."""
         axes = self._axes()
         if region_map is not None:
             return (
@@ -163,7 +163,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     windows = _Windows(
         x.shape[1 : 1 + rank], spec.window_size, spec.shift_size, spec.pad_order, x.device, spec.pad_before, spec.grid
     )
-    if pad_qkv is not None:  # the op takes any shape with the right number of elements
+    if pad_qkv is not None:  # the op accepts any shape with the right number of elements
         pad_qkv = pad_qkv.reshape(3, *x.shape[-2:])
     key_window = spec.key_window if spec.key_window != spec.window_size else None
     if len(maps) == 1 and key_window is None:
@@ -330,7 +330,7 @@ def _register(exporter: ModuleType) -> None:
 
 at_import("torch.onnx._internal.exporter._decomp", _register)
 for _op in DECOMPOSITIONS:
-    # Without a "meta" entry a fake tensor of symbolic size would use the decomposition in place of the op's own fake.
+    # Without a "meta" entry a fake tensor of symbolic size would use the decomposition, not the op's fake kernel.
     torch._decomp.register_decomposition(_op, type="meta")(_op)
 
 
@@ -341,8 +341,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
         program = torch.export.export(model, (x,)).run_decompositions(swinkernels.decompositions())
 
-    Converters that support only ATen accept such a program, and it loads without this package. An op that draws
-    dropout has no decomposition and raises NotImplementedError: call ``model.eval()`` first.
+    Converters that support only ATen accept such a program, and it loads without this package. An op with
+    active dropout has no decomposition and raises NotImplementedError: call ``model.eval()`` first.
     """
     table = torch.export.default_decompositions()
     table.update(DECOMPOSITIONS)

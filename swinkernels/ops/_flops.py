@@ -1,9 +1,9 @@
 """Counts the FLOPs of the ops for ``torch.utils.flop_counter.FlopCounterMode``.
 
 Window attention has two matrix products forward and four backward, each of 2 * M * head_dim FLOPs per query with M
-keys. The libraries' plain code gets the same count. Decomposed relative positions add products with one table per axis.
-Scores that a backward kernel recomputes are not counted. Pad tokens are counted. ``mlp_half_triton`` counts its two
-products. The other ops multiply no matrices and count zero, as torch's own copies and norms do.
+keys. This equals the count for the libraries' plain code. Decomposed relative positions add products with one table per
+axis. Scores that a backward kernel recomputes are not counted. Pad tokens are counted. ``mlp_half_triton`` counts its
+two products. The other ops multiply no matrices and count zero, as torch's own copies and norms do.
 """
 
 from __future__ import annotations

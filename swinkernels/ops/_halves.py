@@ -18,7 +18,7 @@ NORMS = ("pre", "post")
 def check_half(
     op: str, x: Tensor, norm: Any, residual: Any, eps: Any, drop_path_scale: Any, **of_channels: Any
 ) -> float:
-    """Check the arguments that the two halves share; ``of_channels`` have one value per channel. Return eps."""
+    """Check the arguments common to both halves and return eps; ``of_channels`` have one value per channel."""
     _arguments.check_choice(op, "norm", norm, NORMS)
     if not isinstance(residual, bool):
         raise TypeError(f"{op}: residual must be a bool, got {residual!r}")
@@ -36,7 +36,7 @@ def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
 def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm: str) -> tuple[Tensor, Tensor | None]:
     """Return the weight and bias of a branch's last Linear layer, multiplied by layer scale if ``norm`` is "pre".
 
-    Because layer scale multiplies the weight instead of the branch, its gradient needs no additional saved tensor. In
+    Because layer scale multiplies the weight instead of the branch, its gradient needs no additional saved tensor. With
     "post" the norm follows the Linear layer, so layer scale cannot be applied here.
     """
     if layer_scale is None or norm == "post":
@@ -57,7 +57,7 @@ def finish(
     residual: bool,
     backend: str,
 ) -> Tensor:
-    """Run the end of a half: its last Linear layer, in "post" the norm, and the residual connection.
+    """Run the end of a half: its last Linear layer, with "post" the norm, and the residual connection.
 
     ``last(residual)`` runs the Linear layer and adds ``residual`` unless that is None.
     """

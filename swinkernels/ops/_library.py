@@ -52,7 +52,7 @@ def norm_dtype(x: Tensor) -> torch.dtype:
 
 
 def three(values: Sequence, leading) -> list:
-    """Return one value per axis, slowest first, with ``leading`` for the axes that a 2D map lacks."""
+    """Pad ``values``, one per axis, to three axes: ``leading`` comes first."""
     return [leading] * (3 - len(values)) + list(values)
 
 
@@ -69,12 +69,12 @@ def constant_when_compiled(function: Function) -> Function:
 
 
 def is_untraced(tensors: Sequence[Any]) -> bool:
-    """Return True if autograd in eager PyTorch records a call on these tensors (some may be None).
+    """Return True if a call on these tensors (some may be None) is one that autograd in eager PyTorch can record.
 
     The result is False under a compiler or exporter, a functorch or forward-mode transform or fake tensors, and for
     tensor subclasses and any other kind of argument. Modes of torch.utils._python_dispatch that run the ops, such as
     the FLOP counter's, are allowed. The choice of the tensors to save must not depend on such a mode: checkpointing
-    fails if the forward pass and its repetition, one of them in the mode, save different tensors.
+    fails if the forward pass and its recomputation save different tensors because only one of them runs in the mode.
     """
     return (
         not torch.compiler.is_compiling()
@@ -191,14 +191,14 @@ def _no_forward_mode(name: str) -> NotImplementedError:
 
 
 def _tensor_arguments(op: Any) -> int:
-    """Return the number of tensor arguments of an op, which precede all others."""
+    """Return the number of tensor arguments of ``op``, which come before all others."""
     kinds = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
     assert all(kinds[: sum(kinds)]), f"{op._schema}: tensors come first"
     return sum(kinds)
 
 
 def _function(name: str, **methods: Any) -> type[torch.autograd.Function]:
-    """Make an autograd.Function that profilers and graphs show under the op's name in camel case."""
+    """Create an autograd.Function that profilers and graphs show under the op's name in camel case."""
     camel = "".join(word.capitalize() for word in name.removesuffix("_fwd").split("_"))
     return type(camel, (torch.autograd.Function,), {k: staticmethod(m) for k, m in methods.items()})
 
@@ -225,8 +225,8 @@ class Differentiable:
     """Callable for a registered op, with a fast path for eager calls; other calls take torch.library's path.
 
     An autograd.Function with the same setup_context and backward takes a fraction of the host time of torch.library's
-    autograd formula, and a call without gradients skips both. The Function takes all arguments that are not tensors as
-    one tuple, because each argument costs time.
+    autograd formula, and a call without gradients skips both. The Function takes all non-tensor arguments as one
+    tuple, because each argument costs time.
     """
 
     def __init__(self, name: str, setup_context: Callable, backward: Callable) -> None:
@@ -266,7 +266,7 @@ class Differentiable:
 
 
 def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
-    """Return True if autograd records operations on these tensors."""
+    """Return True if autograd records operations on any of ``tensors``."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -275,7 +275,7 @@ def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def register(name: str, fake: Callable, setup_context: Callable, backward: Callable) -> Differentiable:
-    """Register an op's fake and derivative with torch.library and return the callable for the op.
+    """Register an op's fake kernel and derivative with torch.library and return the callable for the op.
 
     Args:
         name: the op's name.
@@ -288,9 +288,9 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
 
 
 def register_derivative(name: str, fake: Callable, of: str, gradients: Callable | None = None) -> Callable:
-    """Register the fake and the derivative of ``of``'s backward op.
+    """Register the fake kernel and the derivative of the backward op of ``of``.
 
-    Returns the callable for the op; it takes a tuple of tensors and a tuple of the other arguments.
+    Returns a callable for the backward op, which takes a tuple of tensors and a tuple of the other arguments.
 
     Args:
         name: the backward op's name.

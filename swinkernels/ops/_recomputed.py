@@ -1,8 +1,8 @@
-"""Linear layers after a norm or GELU whose result is recomputed in the backward pass instead of being kept.
+"""Linear layers after a norm or GELU whose result is recomputed in the backward pass instead of being saved.
 
-Eager PyTorch keeps both the input of a norm or GELU and its result, which the next Linear reads. Norm and GELU are
-cheap compared with the matrix products, so the functions below keep only the input in plain eager calls. All other
-calls run the plain operations: compilers choose the results to recompute, and transforms have their own rules.
+Eager PyTorch saves both the input of a norm or GELU and its result, which the next Linear reads. Norm and GELU are
+cheap compared with the matrix products, so the functions below save only the input in plain eager calls. All other
+calls run the plain operations: compilers choose which results to recompute, and transforms have their own rules.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
 
-    ``weight`` may be a sequence of weights whose rows are concatenated; the concatenation is not kept either. The
+    ``weight`` may be a sequence of weights whose rows are concatenated; the concatenation is not saved either. The
     norm's result and the branch have the dtype of the weight, and ``backend`` must support that norm. With ``gelu``,
-    "none" or "tanh", GELU follows and nothing is recomputed: this is for calls without a gradient.
+    "none" or "tanh", GELU follows and nothing is recomputed: this is for calls without gradients.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     tensors = (x, branch, branch_scale, norm_weight, norm_bias, bias, *weights)
@@ -56,7 +56,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
 
 
 def packed(weights: Sequence[Tensor]) -> Tensor:
-    """Return the rows of all weights as one weight."""
+    """Concatenate the rows of all ``weights``."""
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
@@ -91,7 +91,7 @@ def _run(
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context without autocast: the tensors were cast before, or autocast was off in the forward pass."""
+    """Return a context that disables autocast: it was off in the forward pass, or has already cast the tensors."""
     is_on = torch._C._is_any_autocast_enabled()
     return torch.autocast(x.device.type, enabled=False) if is_on else _AS_IT_IS
 
@@ -102,7 +102,7 @@ _AS_IT_IS = contextlib.nullcontext()
 def _linear_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of a Linear layer's weight and bias, None for one that is not needed."""
+    """Return the gradients of a Linear layer's weight and bias, or None for one that is not needed."""
     rows = dy.reshape(-1, dy.shape[-1])
     dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[0] else None
     return dweight, rows.sum(0) if needs[1] else None
@@ -170,7 +170,7 @@ class _NormLinear(torch.autograd.Function):
 
 
 def _rows_of(dweight: Tensor | None, weights: Sequence[Tensor], needs: Sequence[bool]) -> Sequence[Tensor | None]:
-    """Return the gradients of the weights that :func:`packed` concatenated, None for one that is not needed."""
+    """Return the gradients of the weights that :func:`packed` concatenated, or None for one that is not needed."""
     if dweight is None or len(weights) == 1:
         return (dweight,) * len(weights)
     rows = dweight.split([weight.shape[0] for weight in weights])

@@ -44,7 +44,7 @@ def attention_half(
     backend: str = "auto",
     **attention: Any,
 ) -> Tensor:
-    r"""Layer norm, QKV projection, shifted-window attention, output projection and residual connection.
+    r"""Apply layer norm, QKV projection, shifted-window attention, output projection and the residual connection.
 
     .. math::
         y = x + d \, \gamma \cdot proj(attention(qkv(LayerNorm(x)))) \quad \text{(pre, v1)}
@@ -54,12 +54,13 @@ def attention_half(
     The published code pads the input of the QKV projection with zeros, so a pad token's q, k and v are ``qkv_bias``:
     in v1 a pad token is zero after the norm, not before it.
 
-    For the backward pass, the call keeps x, q, k, v, the tensors that window attention keeps, the input of proj and, in
-    "post", the result of proj; the norm of "pre" is recomputed. In compiled code the compiler chooses these tensors.
+    For the backward pass, the call saves x, q, k, v, the tensors that window attention saves, the input of proj and,
+    with norm="post", the result of proj. With norm="pre" the norm is recomputed. In compiled code the compiler chooses
+    the tensors to save.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16 or float64 (torch and reference only).
-        norm_weight, norm_bias: (C,), or None for 1 and 0, any floating dtype.
+        norm_weight, norm_bias: (C,), of any floating dtype, or None for ones and zeros.
         qkv_weight, qkv_bias: (3A, C) and (3A,) or None, A = num_heads * head_dim, in the dtype of x, or any under
             autocast; rows are (3, num_heads, head_dim). The weight may be a tuple of the weights of q, k and v, each
             (A, C), for a block with three Linear layers.
@@ -68,9 +69,9 @@ def attention_half(
         num_heads, window_size: as for :func:`swinkernels.window_attention_qkvpacked`.
         eps: added to the variance of the norm.
         norm: "pre" (v1) or "post" (v2).
-        residual: False leaves ``x +`` out; the norm stays.
-        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
-        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
+        residual: False omits ``x +``, but not the norm.
+        drop_path_scale: d, (B,): 0 for a sample whose branch is dropped, else 1 / (1 - p). None for 1.
+        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. With "pre" it multiplies the
             weight and bias of proj, which are then cast to the dtype of the matrix product.
         backend: backend of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm; if it
             has no norm, the norm uses "auto". torch computes the matrix products, except with "reference".

@@ -3,7 +3,7 @@
 The code consists of whole-tensor operations, which PyTorch runs fast and inductor fuses, on any device and in any
 floating dtype. It can be differentiated as often as those operations. 16-bit maps are multiplied in their own dtype, as
 in the libraries' code. The exceptions are the scores of float16 maps, which would overflow, and those of v2, which
-would lose bits; they are computed in float32, like softmax. ``swinkernels.reference`` contains the ops' definitions.
+would lose accuracy. Both are computed in float32, like softmax. ``swinkernels.reference`` has the ops' definitions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_HEADS = 65535
 
 
 def _pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
-    """Pad a map with zeros before and after each of its axes 1, 2, ..."""
+    """Pad axes 1, 2, ... of a map with zeros; ``pads`` contains the amounts (before, after) per axis."""
     behind = [0, 0] * (x.dim() - 1 - len(pads))
     return F.pad(x, [*behind, *(amount for pair in reversed(pads) for amount in pair)])
 
@@ -63,7 +63,7 @@ def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], gr
 
 
 class _Permute(torch.autograd.Function):
-    """Permute axis 1 of x. The gradient is gathered, too; on a CPU index_select would add it row by row."""
+    """Permutes axis 1 of x. The backward pass gathers, too; that of index_select adds row by row on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class _Frame:
         self.rolls_first = pad_order == "roll_then_pad" and self.is_padded and bool(self.axes)
 
     def _padded(self, x: Tensor, pads: Sequence[tuple[int, int]], pad: Tensor | None) -> Tensor:
-        """Add pad tokens, ``pad`` or zero, before and after the map's axes."""
+        """Add pad tokens, ``pad`` or zero, before and after the map on each axis."""
         x = _pad(x, pads)
         if pad is None:
             return x
@@ -159,7 +159,7 @@ class _Frame:
         return x.contiguous()
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the number in the frame of each token of the shifted windows, and the inverse permutation."""
+        """Return the index in the frame of each token of the shifted windows, and the inverse permutation."""
 
         def make() -> Tensor:
             tokens = torch.arange(math.prod(self.frame), device=device).reshape(self.frame)
@@ -189,7 +189,7 @@ _KEPT = Found(64)
 
 
 def _kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """Return ``make()``, a small tensor that depends only on the geometry; plain eager calls cache it."""
+    """Return ``make()``, a small tensor that depends only on the geometry, and cache it in plain eager calls."""
     if not is_plain(()):  # a fake tensor, for example, must not be cached
         return make()
     value = _KEPT.get(key)
@@ -207,7 +207,7 @@ def table_rows(
     table_pairs: Sequence[bool],
     device: torch.device,
 ) -> Tensor:
-    """Return the row of the bias table for each query i and key j of a window, (N * M,)."""
+    """Return the row index in the bias table for each query i and key j of a window, (N * M,)."""
     is_usual = tuple(key_window) == tuple(window)
     of_query, of_key = (table_window, table_window) if is_usual else (window, key_window)
     query = torch.arange(math.prod(window), device=device)
@@ -227,7 +227,7 @@ def bias_of_table(table: Tensor, rows: Tensor, n: int) -> Tensor:
 
 
 def _regions(frame: _Frame, shift: Sequence[int], periodic: Sequence[bool], device: torch.device) -> Tensor:
-    """Return the region number that the shift gives each token, (num_windows, N)."""
+    """Return each window token's region for the mask of the shift, (num_windows, N)."""
     region = torch.zeros([1] * len(shift), dtype=torch.int32, device=device)
     for axis, (p, w, s, wraps) in enumerate(zip(frame.frame, frame.window, shift, periodic, strict=True)):
         g = torch.arange(p, device=device)
@@ -274,7 +274,7 @@ def _addend(
 
 
 def cosine_factors(q: Tensor, k: Tensor, logit_scale: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the unit vectors of q and k and the factor of each head, for v2."""
+    """Return q and k as unit vectors, and the factor of each head's scores (v2)."""
     # A factor of up to 100 multiplies the rounding errors of the unit vectors, so they are computed in ``wide``.
     q, k = F.normalize(q.to(wide), dim=-1), F.normalize(k.to(wide), dim=-1)
     return q, k, logit_scale.to(wide).reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()
@@ -286,8 +286,8 @@ def with_axis_tables(
     """Extend q and k to (..., N, head_dim + sum(window)), so that their products include the decomposed positions.
 
     A query's product with a table row depends on only one coordinate of the key. q is extended by these products, one
-    for every coordinate of every axis, and k by ones at its own coordinates. No (N, N) bias is needed, and every
-    attention kernel accepts such rows.
+    for every coordinate of every axis, and k by a one-hot vector of its coordinate on every axis. No (N, N) bias is
+    needed, and every attention kernel accepts such q and k.
     """
     if q.dtype == torch.float16:  # the products would overflow
         q, k = q.float(), k.float()
@@ -327,7 +327,7 @@ def _attend(
     wide: torch.dtype,
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return softmax(factor q k^T + addend) v and, if requested, the weights.
+    """Return softmax(factor q k^T + addend) v and, if requested, the attention weights.
 
     q, k and v are windows (B, num_windows, heads, N or M, head_dim); v may have shorter rows than q and k.
     """
@@ -335,7 +335,7 @@ def _attend(
     head_dim = v.shape[-1]
     fused = dropout_p == 0.0 and not return_attention
     if q.device.type == "cpu":
-        # There the fused call has no forward derivative, and its backward pass is slower than separate operations.
+        # On a CPU the fused call has no forward-mode derivative, and a slower backward pass than separate operations.
         needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
         is_compiled = torch.compiler.is_compiling() and forward_ad._current_level < 0
         fused = fused and not needs_gradient and (is_compiled or is_plain(()))
@@ -348,8 +348,8 @@ def _attend(
             mask = mask[None]
         if q.shape[-1] > head_dim:  # torch's fast kernels require rows of equal length
             v = F.pad(v, (0, q.shape[-1] - head_dim))
-        # Maps and mask have at most four axes here. Windows are joined with the batch, which copies nothing, or, if the
-        # mask differs between the windows of several images, with the heads.
+        # q, k, v and the mask get four axes. Windows are merged with the batch, which copies nothing, or with the heads
+        # if there are several images and the mask differs between windows.
         if mask is None or mask.shape[0] == 1 or batch == 1:
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
@@ -418,7 +418,7 @@ def _split(
 
 
 def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
-    """Run the op on normalised arguments: qkv (B, *S, 3, num_heads, head_dim), one value per axis."""
+    """Run the op on checked arguments: qkv is (B, *S, 3, num_heads, head_dim), per-axis options are tuples."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if key_window != frame.window or not frame.gathers:
@@ -431,7 +431,7 @@ def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **ar
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
-    """Run the op on normalised arguments: q, k and v (B, *S, num_heads, head_dim), one value per axis."""
+    """Run the op on checked arguments: q, k and v are (B, *S, num_heads, head_dim), per-axis options are tuples."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return _split(frame, key_window, (q, k, v), pad)
@@ -503,13 +503,13 @@ def patch_merging(
     between: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Merge the neighbours with these row-major numbers; ``by_channel`` is True for the order "unfold"."""
+    """Merge neighbouring tokens in the order of ``neighbours``; ``by_channel`` is True for the order "unfold"."""
     rank = len(neighbours).bit_length() - 1
     size = x.shape[-1 - rank : -1]
     if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program pads even and odd sizes
-        # The amount is not s % 2, which OpenVINO cannot convert if s is symbolic.
+        # This is not written as s % 2, which OpenVINO cannot convert if s is symbolic.
         x = F.pad(x, [0, 0, *(amount for s in reversed(size) for amount in (0, s - s // 2 * 2))])
-    # A neighbour's number has one bit per axis, the last axis lowest.
+    # ``neighbours`` contains row-major indices, with one bit per axis and the lowest bit for the last axis.
     offsets = [[number >> (rank - 1 - axis) & 1 for axis in range(rank)] for number in neighbours]
     indices: list[tuple[Any, ...]] = [(..., *(slice(o, None, 2) for o in offset), slice(None)) for offset in offsets]
     parts = [x[index] for index in indices]

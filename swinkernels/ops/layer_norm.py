@@ -1,7 +1,7 @@
-"""Layer normalisation, alone or with patch expanding's rearrangement: schema, fake, autograd, public function.
+"""Layer normalisation, alone or with patch expanding's rearrangement: op schemas, autograd and the public function.
 
-The fast backend is ``layer_norm_fwd`` and ``layer_norm_bwd`` of ``torch.ops.swinkernels``, with CUDA kernels. With a
-``factor`` they read each token's parts in place and write them to their final positions.
+The fast backend is the ops ``layer_norm_fwd`` and ``layer_norm_bwd`` of ``torch.ops.swinkernels``, with CUDA kernels.
+With a ``factor`` they read each token's parts in place and write them to their final positions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from swinkernels.ops._library import (
     three,
 )
 
-# factor: three values, slowest axis first, or none for the plain norm. mean and rstd: one value per row of z.
+# factor: three values, slowest axis first, or empty for the plain norm. mean and rstd: one value per row of z.
 define(
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, int[] factor, float eps, ScalarType dtype) -> "
     "(Tensor z, Tensor mean, Tensor rstd)"
@@ -62,7 +62,7 @@ def _fake_bwd(dz, x, weight, mean, rstd, factor, needs_dweight, needs_dbias):
 
 def _setup_context(ctx, tensors, others, output):
     ctx.factor = others[0]
-    ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for mean and rstd
+    ctx.set_materialize_grads(False)  # otherwise autograd materialises zero gradients for mean and rstd
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -85,7 +85,7 @@ _fwd = register("layer_norm_fwd", _fake_fwd, _setup_context, _backward)
 def norm_and_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norm, mean and rstd, computed on "cuda" or "torch" without autograd."""
+    """Return the norm of x, its mean and rstd, computed with backend "cuda" or "torch" and without autograd."""
     if backend == "torch":
         wide, weight, bias = fallback.widest(x, weight, bias, dtype)
         z, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
@@ -126,12 +126,12 @@ def layer_norm(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Normalise the last axis to mean 0 and variance 1, then scale and shift it; round once, to any dtype.
+    r"""Normalise the last axis to mean 0 and variance 1, then scale and shift it, rounding once to ``dtype``.
 
     .. math:: y = (x - mean(x)) / \sqrt{var(x) + eps} \cdot weight + bias
 
-    with the biased variance, both statistics over the C channels of a token. Under autocast this one pass turns a
-    float32 residual stream into the half-precision input of a Linear (``dtype``); PyTorch needs two.
+    with the biased variance, both statistics over the C channels of a token. Under autocast, one pass turns a float32
+    residual stream into the half-precision input of a Linear (``dtype``); PyTorch needs two passes.
 
     Args:
         x: (..., C), float32, float16, bfloat16, or float64 (torch and reference only).
@@ -199,7 +199,7 @@ def run_norm(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """Run the norm, on normalised arguments, on a backend that supports it."""
+    """Run the norm with checked arguments on ``backend``, which must support it."""
     if backend == "torch":
         if factor:
             return fallback.normalise_parts(x, weight, bias, factor, eps=eps, dtype=dtype)

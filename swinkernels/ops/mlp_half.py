@@ -47,24 +47,24 @@ def mlp_half(
 
         y = x + d \, \gamma \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
 
-    For the backward pass, the call keeps x, the result of fc1 and, in "post", the result of fc2; the norm of "pre" and
-    GELU are recomputed. In compiled code the compiler chooses these tensors.
+    For the backward pass, the call saves x, the result of fc1 and, with norm="post", the result of fc2. GELU and, with
+    norm="pre", the norm are recomputed. In compiled code the compiler chooses the tensors to save.
 
     Args:
         x: (B, ..., C), float32, float16, bfloat16 or float64 (torch and reference only).
-        norm_weight, norm_bias: (C,), or None for 1 and 0, any floating dtype.
+        norm_weight, norm_bias: (C,), of any floating dtype, or None for ones and zeros.
         fc1_weight, fc1_bias: (hidden, C) and (hidden,) or None, in the dtype of x, or any under autocast.
         fc2_weight, fc2_bias: (C, hidden) and (C,) or None, likewise.
         eps: added to the variance of the norm.
         norm: "pre" (v1) or "post" (v2).
         approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
-        residual: False leaves ``x +`` out; the norm stays.
-        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
-        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
+        residual: False omits ``x +``, but not the norm.
+        drop_path_scale: d, (B,): 0 for a sample whose branch is dropped, else 1 / (1 - p). None for 1.
+        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. With "pre" it multiplies the
             weight and bias of fc2, which are then cast to the dtype of the matrix product.
         branch, branch_scale: the previous half's branch, of the shape of x, and its drop_path_scale, (B,) or None:
-            x + branch_scale * branch replaces x above. One pass adds and normalises if norm is "pre", branch has the
-            dtype of the matrix products and branch_scale needs no gradient. A branch of None leaves x as it is.
+            x + branch_scale * branch replaces x above. The sum and the norm take one pass if norm is "pre", branch
+            has the dtype of the matrix products and branch_scale needs no gradient. Without a branch, x is unchanged.
         backend: backend of the norm, "auto", "cuda", "torch" or "reference"; torch computes the matrix products, except
             with "reference". "triton" runs the whole half as one kernel, without a derivative, for C of 96 or 192 and
             products in float16 or bfloat16. "auto" does not choose it, because it has not been measured on a GPU.

@@ -27,14 +27,14 @@ def patch_expanding(
 
     .. math:: y_{b, i \cdot f + o} = LayerNorm((W x_{b, i})_{o})
 
-    where W x is divided into f_1 f_2 ... parts of contiguous channels, numbered row-major by their offset o.
+    where W x is divided into f_1 f_2 ... parts of contiguous channels, in row-major order of their offset o.
     Rearranging and normalising take one read and one write; the Linear is torch's.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
         weight: (K * out, C), K the product of the factors: K * out = 2C with factor 2 in Swin-Unet's ``PatchExpand``
             (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None for no Linear.
-        norm_weight, norm_bias: (out,), or None for 1 and 0.
+        norm_weight, norm_bias: (out,), or None for ones and zeros.
         factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) keeps a 3D map's depth.
         eps: added to the variance of the norm.
         backend: "auto", "cuda", "torch" or "reference", for the rearrangement and the norm.

@@ -1,4 +1,4 @@
-"""Patch merging: schema, fake, autograd formula and the public function.
+"""Patch merging: schema, fake kernel, autograd formula and the public function.
 
 Gathering the neighbours and normalising them are one op, ``patch_merging_norm_fwd`` and ``_bwd`` of
 ``torch.ops.swinkernels``, with CUDA kernels and, with the suffix ``_triton``, Triton kernels; the reduction is torch's
@@ -31,7 +31,7 @@ from swinkernels.ops.layer_norm import layer_norm
 from swinkernels.ops.window_partition import partition
 
 # For each order and number of merged axes, the sequence of neighbours whose channels are concatenated. A neighbour is
-# its row-major number in the block, 4 d + 2 h + w. "unfold" is row-major here, since its parameters are reordered.
+# given by its row-major index in the block, 4 d + 2 h + w. "unfold" is row-major, because its parameters are reordered.
 RUNS = {
     ("swin", 2): (0, 2, 1, 3),
     ("swin", 3): (0, 4, 2, 6, 1, 5, 3, 7),
@@ -49,13 +49,13 @@ _NORMS = ("pre", "post")
 
 
 def merged_size(size: Sequence[int], factor: Sequence[int]) -> list[int]:
-    """Return S', the tokens per axis after merging; ``factor`` has at least as many values as size, slowest first."""
+    """Return S', the tokens per axis after merging; of ``factor``, the last ``len(size)`` values apply."""
     return [-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True)]
 
 
 def _define(suffix: str) -> Callable:
     fwd, bwd = f"patch_merging_norm_fwd{suffix}", f"patch_merging_norm_bwd{suffix}"
-    # neighbours[p] is the neighbour in the p-th run of C channels: its row-major number in a block of size ``factor``.
+    # neighbours[p] is the row-major index, in a block of size ``factor``, of the p-th neighbour in a merged row.
     define(
         f"{fwd}(Tensor x, Tensor? weight, Tensor? bias, int[] factor, int[] neighbours, float eps, ScalarType dtype) "
         "-> (Tensor z, Tensor mean, Tensor rstd)"
@@ -76,7 +76,7 @@ def _define(suffix: str) -> Callable:
 
     def setup_context(ctx, tensors, others, output):
         ctx.pieces = others[:2]
-        ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for mean and rstd
+        ctx.set_materialize_grads(False)  # otherwise autograd materialises zero gradients for mean and rstd
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
@@ -97,7 +97,7 @@ _NORM_FWD = {suffix: _define(suffix) for suffix in ("", "_triton")}
 
 
 def _by_neighbour(x: Tensor, count: int) -> Tensor:
-    """Reorder the last axis of a parameter from channel by channel ("unfold") to neighbour by neighbour."""
+    """Reorder the last axis of a parameter from channel-major ("unfold") to neighbour-major order."""
     return x.unflatten(-1, (-1, count)).transpose(-2, -1).flatten(-2)
 
 
@@ -136,7 +136,8 @@ def patch_merging(
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
-        norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for 1 and 0; K neighbours are merged.
+        norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for ones and zeros; K is the number
+            of merged neighbours.
         weight: (out, K * C), the reduction. Its width determines the merging: K = 4 merges the last two axes, a 3D map
             frame by frame (Video-Swin, Aurora); K = 8 merges all three.
         eps: added to the variance of the norm.
@@ -149,8 +150,8 @@ def patch_merging(
             "monai": MONAI's PatchMerging since 1.5; for K = 8 000, 100, 010, 001, 110, 101, 011, 111, else "swin".
             "monai_legacy": MONAI's up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
         norm: "pre" (v1) or "post" (v2).
-        backend: "auto", "cuda", "triton", "torch" or "reference". "auto" picks the fastest usable one. The
-            norm of "post" has no Triton kernel: with "triton", torch computes it.
+        backend: "auto", "cuda", "triton", "torch" or "reference". "auto" picks the fastest usable one. With
+            "triton" and norm="post", torch computes the norm, which has no Triton kernel.
 
     Returns:
         (B, \*S', out), contiguous, S' = ceil(S / 2) on the merged axes, in the dtype of x. Under autocast the dtype is

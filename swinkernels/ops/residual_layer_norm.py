@@ -1,4 +1,4 @@
-"""A residual connection and the norm next to it in one pass: schema, fake, autograd and the two public functions.
+"""A residual connection and the norm next to it in one pass: schemas, fake kernels, autograd and public functions.
 
 The fast backend is ``residual_layer_norm_fwd`` and ``_bwd`` (v1: the norm after the sum) and ``residual_post_norm_fwd``
 and ``_bwd`` (v2: the norm before it) of ``torch.ops.swinkernels``, with CUDA kernels.
@@ -67,7 +67,7 @@ def _fake_post_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dweight, ne
 def _setup_context(ctx, tensors, others, output):
     _, _, drop_path_scale, weight, bias = tensors
     s, z, mean, rstd = output
-    ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for mean and rstd
+    ctx.set_materialize_grads(False)  # otherwise autograd materialises zero gradients for mean and rstd
     ctx.z_dtype = z.dtype
     ctx.save_for_backward(s, drop_path_scale, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -100,7 +100,7 @@ def residual_norm_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x and y and, if needed, of weight and bias, without autograd.
 
-    y has the dtype of dz. ``backend`` is "cuda" or "torch"; a ds of None means zeros.
+    y has the dtype of dz. ``backend`` is "cuda" or "torch"; ``ds`` may be None for zeros.
     """
     if backend == "torch":
         dx, *of_norm = norm_gradients(dz, s, weight, bias, mean, rstd, (True, *needed), backend)
@@ -190,7 +190,7 @@ def run_residual(
     drop_path_scale: Tensor | None,
     chosen: str,
 ) -> Any:
-    """Run one of the two ops, on normalised arguments, on a backend that supports it."""
+    """Run ``op``, one of the two ops, with checked arguments on the backend ``chosen``, which must support it."""
     if chosen in PLAIN:
         plain = getattr(fallback if chosen == "torch" else reference, op)
         return plain(x, y, weight, bias, eps=eps, drop_path_scale=drop_path_scale)
@@ -217,16 +217,16 @@ def residual_layer_norm(
     Args:
         x: (B, ..., C), the residual stream, float32, float16, bfloat16, or float64 (torch and reference only).
         y: the result of the branch, of the same shape, in the dtype of x or, under autocast, in a narrower one.
-        weight, bias: (C,) of the norm, or None for 1 and 0, any floating dtype.
+        weight, bias: (C,), parameters of the norm, of any floating dtype, or None for ones and zeros.
         eps: added to the variance of the norm.
-        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
+        drop_path_scale: d, (B,): 0 for a sample whose branch is dropped, else 1 / (1 - p). None for 1.
         backend: "auto", "cuda", "torch" or "reference". "auto" picks the fastest usable one.
 
     Returns:
         s in the dtype of x, and z in the dtype of y, which the next branch reads; z is the norm of the returned,
         rounded s. Each is (B, ..., C) and contiguous. An empty batch gives empty results. Differentiable in x, y,
         weight and bias, each gradient in its tensor's dtype; the same input gives the same bits. With backend="torch"
-        or "reference" also differentiable in drop_path_scale, and twice; "auto" chooses one of them if
+        or "reference" also differentiable in drop_path_scale, and twice; "auto" chooses "torch" if
         drop_path_scale requires a gradient.
 
     Raises:

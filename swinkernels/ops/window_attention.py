@@ -1,7 +1,7 @@
-"""Shifted-window attention: schema, fake, autograd formula and the two public functions.
+"""Shifted-window attention: schemas, fake kernels, autograd formula and the two public functions.
 
 The fast backends are ops of ``torch.ops.swinkernels``: ``window_attention_fwd``, ``window_attention_bwd`` and their
-``_qkvpacked`` forms, whose backward writes one dqkv. C++ kernels attach to them under the CPU and CUDA dispatch keys.
+``_qkvpacked`` forms, whose backward writes one dqkv. C++ kernels implement them under the CPU and CUDA dispatch keys.
 Triton shares the CUDA key, so its kernels have separate ops, with the suffix ``_triton``. The backends in plain
 PyTorch need no op.
 """
@@ -48,11 +48,11 @@ _SPEC = "str spec, float scale, float mask_value, float dropout_p"  # WindowSpec
 _FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
 
 
-_UNKNOWN = (1.0, 0.0, 0.0)  # replaces numbers that are not used and may be symbolic
+_UNKNOWN = (1.0, 0.0, 0.0)  # stands for the spec's numbers, which are not used and may be symbolic
 
 
 def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
-    """Define the forward and backward op of one form, join them for autograd and return the forward's callable."""
+    """Define the forward and backward op of one form, register the derivative and return the forward's callable."""
     n = len(maps)
     inputs = ", ".join(f"Tensor {m}" for m in maps)
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
@@ -80,7 +80,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         return *(x.new_empty(x.shape) for x in xs), *sums
 
     def setup_context(ctx, tensors, others, output):
-        ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for lse
+        ctx.set_materialize_grads(False)  # otherwise autograd materialises zero gradients for lse
         ctx.spec = others
         ctx.save_for_backward(*tensors[:n], output[1], *tensors[n:])
         ctx.mark_non_differentiable(output[1])
@@ -99,7 +99,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
 
 
 def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """Compute a backward op's results with the reference, for second derivatives."""
+    """Compute the results of the backward op of ``form`` with the reference, for second derivatives."""
     *numbers, wanted = others
     spec = WindowSpec.parse(*numbers)
     if spec.dropout_p > 0.0:
@@ -221,7 +221,7 @@ class _Plan(NamedTuple):
 
     backend: str
     dtype: torch.dtype  # dtype of the maps passed to the op
-    view: tuple[int, ...] | None  # shape of a map (B, *S, 3C)
+    view: tuple[int, ...] | None  # shape for viewing a (B, *S, 3C) map, else None
     num_heads: int
     spec: WindowSpec
     # The op's arguments after its tensors, if the plan is cached. The index is 1 if TF32 is allowed, plus 2 if lse is
@@ -311,7 +311,7 @@ def _fit(
         pad_qkv = pad_qkv.to(plan.dtype).reshape(3, plan.num_heads, -1)
     if region_map is not None:
         region_map = region_map.to(torch.int32).reshape(three(region_map.shape, 1))
-    if plan.spec.dropout_p > 0.0:  # drawn on the device, so that every replay of a CUDA graph draws a new one
+    if plan.spec.dropout_p > 0.0:  # drawn on the device, so that every replay of a CUDA graph draws a new seed
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
     return *biases, logit_scale, pad_qkv, region_map, seed
 
@@ -327,7 +327,7 @@ def _attend(
     return_attention: Any,
     options: dict[str, Any],
 ) -> Any:
-    """Run one form, with ``tables`` for _TENSORS and the other arguments as ``options`` of :class:`WindowSpec`."""
+    """Run the op ``form``: ``tables`` has the values of _TENSORS, and ``options`` defines the :class:`WindowSpec`."""
     tensors = maps + tables
     if axis_tables is not None:
         axis_tables = _arguments.axis_tables_of(form, axis_tables)
@@ -370,7 +370,7 @@ def _attend(
             return plan.op.apply(*tensors, plan.others[2 | tf32])[0]
         with torch._C._AutoDispatchBelowAutograd():
             return plan.op.overload(*tensors, *plan.others[tf32])[0]
-    # Outside a compiler a backward pass may always follow, because transforms and modes wrap tensors.
+    # Outside a compiler, assume that a backward pass follows: transforms and modes wrap tensors.
     needs_lse = not torch.compiler.is_dynamo_compiling() or any_requires_grad(maps + tables)
     wire = plan.spec.wire(allow_tf32=tf32, needs_lse=needs_lse)
     return plan.op(*maps, *tables, wire, *plan.spec.numbers)[0]
@@ -402,7 +402,7 @@ def window_attention_qkvpacked(
     backend: str = "auto",
     return_attention: bool = False,
 ) -> Any:  # a Tensor, or a pair
-    r"""Attention inside the shifted windows of a feature map, read from the map and written back to it.
+    r"""Compute attention inside the shifted windows of a feature map, which is read and written in image order.
 
     In every window, for tokens i and j and each head,
 
@@ -410,7 +410,7 @@ def window_attention_qkvpacked(
 
     with the cosine of q_i and k_j times ``exp(min(logit_scale, ln 100))`` in place of the scaled product if
     ``logit_scale`` is given. ``mask`` is ``mask_value`` where the shift brought tokens of different parts of the map
-    into one window, else 0. Softmax and sums are in float32.
+    into one window, else 0. Softmax and sums are computed in float32, or in float64 for float64.
 
     Args:
         qkv: (B, \*S, 3C) or (B, \*S, 3, num_heads, head_dim), S = (H, W) or (D, H, W), in image order, any strides;
@@ -434,9 +434,9 @@ def window_attention_qkvpacked(
         pad_order: order of padding and shift if S is not a multiple of the window: "pad_then_roll" (Microsoft,
             torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
         pad_before: pad tokens before the data, per axis; the rest follow it.
-        periodic: per axis, True if the map wraps around (longitude), so that the shift needs no mask on that axis. With
-            "pad_then_roll", which would pad between the ends, such an axis must consist of whole windows if it is
-            shifted.
+        periodic: per axis, True if the map wraps around (longitude), so that the shift needs no mask on that axis. A
+            shifted periodic axis must consist of whole windows with "pad_then_roll", which would pad between its last
+            token and its first.
         region_map: int32 or narrower, with the padded map's shape; replaces the shift's regions. Tokens with different
             values are masked from each other.
         mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row never
@@ -447,15 +447,15 @@ def window_attention_qkvpacked(
         axis_tables: decomposed relative position instead of a bias (SAM, ViTDet): a table (2 * window - 1, head_dim)
             for each axis a of the map, shared by the heads and used in float32. Adds
             :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` to the score, with q unscaled. A window may then have
-            4096 tokens. Excludes ``bias_table``, ``bias`` and ``logit_scale``.
+            up to 4096 tokens. Excludes ``bias_table``, ``bias`` and ``logit_scale``.
         key_window: tokens per axis of a larger window from which keys and values are taken (HAT's overlapping
             cross-attention): ``window_size`` plus an even number, half of it on each side; at most 1024 tokens in all.
-            Its tokens outside the map are pad tokens. The table then has prod(window + key_window - 1) rows; the row
-            index is the query's coordinate in its window minus the key's coordinate in the key window. A dense bias is
-            (num_heads, N, M). Excludes a shift, periodic axes, grid, region_map, axis_tables, table_window and
-            table_pairs.
-        table_pairs: per axis, True if the table has a row for each pair of coordinates of query i and key j, numbered
-            i + window * j, instead of one for each offset (height and latitude of Pangu-Weather).
+            Its tokens outside the map are pad tokens. The table then has prod(window + key_window - 1) rows; per axis,
+            row i - j + key_window - 1 is for coordinate i of the query in its window and coordinate j of the key in the
+            key window. A dense bias is (num_heads, N, M), where M is the number of tokens of the key window. Excludes a
+            shift, periodic axes, grid, region_map, axis_tables, table_window and table_pairs.
+        table_pairs: per axis, True if the table has a row for each pair of coordinates i of the query and j of the key,
+            row i + window * j, instead of one for each offset (height and latitude of Pangu-Weather).
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" picks the fastest usable
             one: a kernel, else PyTorch's own code ("torch"), never the slow reference.
         return_attention: also return the attention weights. Only "torch" and "reference" support it: the kernels never
@@ -466,9 +466,9 @@ def window_attention_qkvpacked(
         bias_table, bias, logit_scale, pad_qkv and axis_tables, each gradient in its tensor's dtype. Kernels give the
         same bits for the same input on one device; docs/numerics.md covers "torch". Twice differentiable; with dropout
         only if backend is "torch" or "reference". With return_attention the result is a pair: this tensor and the
-        weights that multiply v, (B, num_windows, num_heads, N, N), after softmax and dropout as in transformers, in the
-        same dtype and also differentiable. The windows of the weights are in row-major order of the shifted map, and
-        their N tokens include the pad tokens.
+        attention weights, (B, num_windows, num_heads, N, N) or, with key_window, (..., N, M), after softmax and dropout
+        as in transformers, in the same dtype and also differentiable. Their windows are in row-major order of the
+        shifted map, and their tokens include the pad tokens.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
@@ -530,7 +530,7 @@ def window_attention(
     backend: str = "auto",
     return_attention: bool = False,
 ) -> Any:  # a Tensor, or a pair
-    r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
+    r"""Compute attention inside the shifted windows of a feature map from separate q, k and v.
 
     The formula and the other arguments are as for :func:`window_attention_qkvpacked`.
 
@@ -538,7 +538,8 @@ def window_attention(
         q, k, v: (B, \*S, num_heads, head_dim) each, of the same shape, dtype and device, any strides.
 
     Returns:
-        (B, \*S, C) in the dtype of q, C = num_heads * head_dim; with return_attention a pair of this and the weights.
+        (B, \*S, C) in the dtype of q, C = num_heads * head_dim; with return_attention a pair of this and the attention
+        weights.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as for :func:`window_attention_qkvpacked`.

@@ -1,8 +1,7 @@
-"""Shift, padding and window partition as one gather, and the inverse: schema, fake, autograd, public functions.
+"""Shift, padding and window partition as one gather, and the inverse: schemas, fakes, autograd, public functions.
 
-The fast backends are the ops ``window_partition`` and ``window_reverse`` of ``torch.ops.swinkernels``, with a CUDA
-kernel, and the same names with the suffix ``_triton``, with a Triton kernel. Partition and reverse are each other's
-derivatives.
+The ops ``window_partition`` and ``window_reverse`` of ``torch.ops.swinkernels`` have a CUDA kernel; the ops of the same
+names with the suffix ``_triton`` have a Triton kernel. The backward pass of each op is the other op.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import PLAIN, choose, window_partition_reasons
 from swinkernels.ops._library import Found, define, looked_up, register, three
 
-# The geometry lists have three values each, slowest axis first, as in FrameGeometry (csrc/params); `size` has the map's
-# rank. The ops allow any shift below the frame's size.
+# The geometry lists have three values each, slowest axis first, as in FrameGeometry (csrc/params); `size` has one value
+# per axis of the map. The ops allow any shift below the frame's size.
 _GEOMETRY = "int[] window_size, int[] shift_size, bool roll_then_pad"
 
 
@@ -79,7 +78,7 @@ def _check_count(op: str, batch: int, size: Sequence[int], window: Sequence[int]
 def partition(
     op: str, x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str, backend: str = "auto"
 ) -> Tensor:
-    """Run :func:`window_partition` on arguments that ``op`` has checked, with any shift smaller than the padded map."""
+    """Run :func:`window_partition` on checked arguments for the op named ``op``; allow any shift below the frame."""
     return _partition(x, window, shift, pad_order, _choice(op, x, backend))
 
 
@@ -102,7 +101,7 @@ def reverse(
     pad_order: str,
     backend: str = "auto",
 ) -> Tensor:
-    """Run :func:`window_reverse` on arguments that ``op`` has checked, with any shift smaller than the padded map."""
+    """Run :func:`window_reverse` on checked arguments for the op named ``op``; allow any shift below the frame."""
     return _reverse(windows, window, size, shift, pad_order, _choice(op, windows, backend))
 
 
@@ -126,7 +125,7 @@ def window_partition(
 
     .. math:: windows_{b \cdot num\_windows + w, t} = x_{b, y(w, t)}
 
-    where y(w, t) is the token of the map at token t of window w after the cyclic shift, or a pad token, which is zero.
+    where y(w, t) is the map token that the cyclic shift moves to token t of window w, or a pad token, which is zero.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype; read without a copy if its last axis is contiguous.
@@ -195,7 +194,8 @@ def window_reverse(
         window, shift = _arguments.check_window(op, window_size, shift_size, len(tokens))
         _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
         _arguments.check_windows(op, windows, tokens, window)
-        _check_count(op, 1, tokens, window, windows.shape[2])  # checks one map, because the windows of all maps exist
+        # One map is enough: the windows of the whole batch already exist as a tensor.
+        _check_count(op, 1, tokens, window, windows.shape[2])
         return window, tokens, shift, _choice(op, windows, backend)
 
     options = (op, window_size, tuple(size) if type(size) is torch.Size else size, shift_size, pad_order, backend)

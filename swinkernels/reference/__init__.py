@@ -1,4 +1,4 @@
-"""The definition of every op in plain PyTorch: slow, simple, differentiable, and in float64 for float64 inputs."""
+"""Reference definitions of all ops in plain PyTorch: slow, simple, differentiable, in float64 for float64 inputs."""
 
 from swinkernels.reference.attention_half import attention_half
 from swinkernels.reference.layer_norm import layer_norm

@@ -18,7 +18,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def add_residual(
     op: str, x: Tensor, branch: Tensor, drop_path_scale: Tensor | None, layer_scale: Tensor | None = None
 ) -> Tensor:
-    """Return x + drop_path_scale * layer_scale * branch, with one factor per sample and one per channel."""
+    """Return x + drop_path_scale * layer_scale * branch; drop_path_scale is (B,) and layer_scale (C,)."""
     if branch.shape != x.shape:
         raise ValueError(
             f"{op}: the residual stream and the branch must have the same shape, got {tuple(x.shape)} and "

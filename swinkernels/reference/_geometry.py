@@ -1,4 +1,4 @@
-"""Computes the positions of window tokens in a feature map, with shift and padding, for the ops of this folder."""
+"""Positions of window tokens in a feature map, with shift and padding, for the reference ops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: Function) -> Function:
-    """Disable autocast inside ``function``; it would round float32 products to half precision."""
+    """Return ``function`` with autocast disabled, because autocast would round float32 products to half precision."""
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -31,7 +31,7 @@ def without_autocast(function: Function) -> Function:
 
 
 def per_axis(op: str, name: str, value: Any, rank: int) -> tuple:
-    """Return one value per axis of the map, given one value for all axes or a sequence."""
+    """Expand ``value``, one value for all axes or a sequence of one per axis, to a tuple of ``rank`` values."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) != rank:
         raise ValueError(f"{op}: {name} must have one value for each of the {rank} axes of the map, got {value!r}")
@@ -65,12 +65,12 @@ def check_window(
 
 
 def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """Round the map's size up to whole windows, per axis."""
+    """Return the frame: ``size`` rounded up to a multiple of ``window`` on every axis."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
 
 
 def window_coordinates(frame: Sequence[int], window: Sequence[int], grid: bool, device) -> list[Tensor]:
-    """Return the frame coordinate of every token of every window, one (num_windows, N) per axis."""
+    """Return the frame coordinates of every token of every window: one tensor (num_windows, N) per axis."""
     axes = []
     for p, w in zip(frame, window, strict=True):
         g = torch.arange(p, device=device)
@@ -97,7 +97,7 @@ def source_index(
     grid: bool = False,
     device=None,
 ) -> Tensor:
-    """Return each window token's row-major number in the map, (num_windows, N); prod(size) for a pad token."""
+    """Return each window token's row-major index in the map, (num_windows, N); prod(size) for a pad token."""
     frame = frame_size(size, window)
     pad_before = pad_before or (0,) * len(size)
     coordinates = window_coordinates(frame, window, grid, device)
@@ -120,7 +120,7 @@ def source_index(
 def key_index(
     size: Sequence[int], window: Sequence[int], key_window: Sequence[int], *, pad_before: Sequence[int], device=None
 ) -> Tensor:
-    """Return each key's row-major number in the map, (num_windows, M); prod(size) for a key outside the map.
+    """Return each key's row-major index in the map, (num_windows, M); prod(size) for a key outside the map.
 
     The keys of a window are the tokens of a larger window with the same centre.
     """
@@ -149,7 +149,7 @@ def shift_region(
     grid: bool = False,
     device=None,
 ) -> Tensor:
-    """Return each window token's region number, (num_windows, N); tokens of different regions are masked."""
+    """Return each window token's region, (num_windows, N); attention between different regions is masked."""
     frame = frame_size(size, window)
     coordinates = window_coordinates(frame, window, grid, device)
     if region_map is not None:

@@ -52,8 +52,8 @@ def attention_half(
         eps: added to the variance of the norm.
         norm: "pre" (v1) or "post" (v2).
         residual: False leaves ``x +`` out; the norm stays.
-        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
-        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1.
+        drop_path_scale: d, (B,): 0 for a sample whose branch is dropped, else 1 / (1 - p). None for 1.
+        layer_scale: gamma, (C,), the per-channel factor of the branch, or None for 1.
         attention: the other arguments of :func:`swinkernels.window_attention`, except ``pad_qkv``, which is
             ``qkv_bias``.
 

@@ -15,7 +15,7 @@ APPROXIMATIONS = ("none", "tanh")
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """Return x times the standard normal distribution function of x, exact or by its tanh approximation (MaxViT-tf)."""
+    """Return ``x`` times the standard normal CDF of ``x``, exact or in the tanh approximation (used by MaxViT-tf)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide)
     if approximate == "none":
@@ -60,10 +60,10 @@ def mlp_half(
         norm: "pre" (v1) or "post" (v2).
         approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
         residual: False leaves ``x +`` out; the norm stays.
-        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
-        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1.
-        branch, branch_scale: the previous half's branch, of the shape of x, and its drop_path_scale:
-            x + branch_scale * branch replaces x above. A branch of None leaves x as it is.
+        drop_path_scale: d, (B,): 0 for a sample whose branch is dropped, else 1 / (1 - p). None for 1.
+        layer_scale: gamma, (C,), the per-channel factor of the branch, or None for 1.
+        branch, branch_scale: the previous half's branch, of the shape of x, and its drop_path_scale. If ``branch`` is
+            given, x + branch_scale * branch replaces x in the formulas above.
 
     Returns:
         (B, ..., C) in the dtype of x.

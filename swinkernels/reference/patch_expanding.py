@@ -27,7 +27,7 @@ def patch_expanding(
 
     .. math:: y_{b, i \cdot f + o} = LayerNorm((W x_{b, i})_{o})
 
-    where W x is divided into f_1 f_2 ... parts of contiguous channels, numbered row-major by their offset o.
+    where W x is divided into f_1 f_2 ... parts of contiguous channels, in row-major order of their offset o.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any floating dtype.
@@ -42,7 +42,7 @@ def patch_expanding(
         (B, \*(S * factor), out) in ``dtype``. An empty batch gives an empty result.
 
     Raises:
-        ValueError: a factor below 1, channels that it does not divide, mismatched shapes.
+        ValueError: a factor below 1, a number of channels that prod(factor) does not divide, mismatched shapes.
 
     Source: Swin-Unet (Cao et al., 2021), section 3.4; ``PatchExpand`` and ``FinalPatchExpand_X4`` of its code.
     """

@@ -20,7 +20,7 @@ ORDERS = ("swin", "row_major", "unfold", "monai", "monai_legacy")
 
 
 def neighbours(order: str, rank: int) -> tuple[tuple[int, ...], ...]:
-    """Return the offsets of the merged tokens, slowest axis first, in the order of their channels."""
+    """Return the offsets of the merged tokens, each slowest axis first, in the channel order named ``order``."""
     if order in ("row_major", "unfold"):
         return tuple(itertools.product((0, 1), repeat=rank))  # the last axis fastest
     if order in ("monai", "monai_legacy") and rank == 3:
@@ -46,8 +46,8 @@ def patch_merging(
 
         y = LayerNorm(W \cdot concat(x_{2i + o})) \quad \text{(post, v2)}
 
-    over the offsets o in {0, 1} per merged axis. An odd size is padded with zeros at its end *before* the norm, so the
-    zeros enter its statistics.
+    where concat is over the offsets o, 0 or 1 on each merged axis. An odd size is padded with zeros at its end *before*
+    the norm, so the zeros enter the norm's statistics.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any floating dtype.
@@ -97,7 +97,7 @@ def patch_merging(
         index: tuple[Any, ...] = (..., *(slice(o, None, 2) for o in offset), slice(None))
         parts.append(x[index])
     if order == "unfold":
-        merged = torch.stack(parts, dim=-1).flatten(-2)  # channel c of neighbour n is c * K + n
+        merged = torch.stack(parts, dim=-1).flatten(-2)  # channel c of neighbour n is at index c * K + n
     else:
         merged = torch.cat(parts, dim=-1)
     if norm == "pre":

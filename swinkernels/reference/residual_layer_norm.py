@@ -1,4 +1,4 @@
-"""A residual connection and the layer normalisation next to it in plain PyTorch, in the orders of Swin v1 and v2."""
+"""A residual connection and the adjacent layer normalisation in plain PyTorch, in the orders of Swin v1 and v2."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def residual_layer_norm(
         y: the result of the branch, of the same shape, any floating dtype.
         weight, bias: (C,) of the norm, or None for 1 and 0.
         eps: added to the variance of the norm.
-        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
+        drop_path_scale: d, (B,): 0 for a sample whose branch is dropped, else 1 / (1 - p). None for 1.
 
     Returns:
         s in the dtype of x and z in the dtype of y, each (B, ..., C); z is the norm of the returned, rounded s.

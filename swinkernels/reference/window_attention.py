@@ -1,7 +1,7 @@
 """Window attention in plain PyTorch: every step is written out, and none is optimised.
 
 The functions take any floating dtype, compute in float64 if the inputs are float64, and autograd can differentiate them
-twice. They share no code with the fast paths, which the tests compare with them.
+twice. They share no code with the fast paths, which are tested against them.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def relative_position_index(
     *,
     table_pairs: Sequence[bool] | None = None,
 ) -> Tensor:
-    """Return the row of the bias table for each query i and key j of a window, (N, N)."""
+    """Return the row index into the bias table for each query i and key j of a window, (N, N)."""
     table_window = table_window or window
     table_pairs = table_pairs or [False] * len(window)
     token = torch.arange(math.prod(window), device=device)
     index = torch.zeros(len(token), len(token), dtype=torch.long, device=device)
     for axis, (w, pairs) in enumerate(zip(table_window, table_pairs, strict=True)):
-        coordinate = token // math.prod(table_window[axis + 1 :]) % w  # tokens are numbered in the table's window
+        coordinate = token // math.prod(table_window[axis + 1 :]) % w  # token indices are row-major in table_window
         i, j = coordinate[:, None], coordinate[None, :]
         index = index * w * w + i + w * j if pairs else index * (2 * w - 1) + i - j + w - 1
     return index
 
 
 def key_window_index(window: Sequence[int], key_window: Sequence[int], device=None) -> Tensor:
-    """Return the row of the bias table for each query i of a window and key j of its key window, (N, M)."""
+    """Return the row index into the bias table for each query i of a window and key j of its key window, (N, M)."""
     query = torch.arange(math.prod(window), device=device)
     key = torch.arange(math.prod(key_window), device=device)
     index = torch.zeros(len(query), len(key), dtype=torch.long, device=device)
@@ -57,7 +57,7 @@ def key_window_index(window: Sequence[int], key_window: Sequence[int], device=No
 
 
 def axis_scores(q: Tensor, axis_tables: Sequence[Tensor], window: Sequence[int]) -> Tensor:
-    """Return the sum over axes of q_i . table[offset of i and j], (..., N, N), for queries (..., N, head_dim)."""
+    """Return the sum over axes of q_i . table[offset of i from j], (..., N, N), for ``q`` (..., N, head_dim)."""
     token = torch.arange(math.prod(window), device=q.device)
     scores: Any = 0
     for axis, (table, w) in enumerate(zip(axis_tables, window, strict=True)):
@@ -95,34 +95,35 @@ def window_attention(
     table_pairs: bool | Sequence[bool] = False,
     return_attention: bool = False,
     return_lse: bool = False,
-) -> Any:  # a Tensor, or a tuple of all that is requested
+) -> Any:  # a Tensor, or a tuple if further results are requested
     r"""Compute attention inside the shifted windows of a feature map, given q, k and v as separate tensors.
 
     In every window, for tokens i and j and each head,
 
     .. math:: out_i = \sum_j softmax_j(scale \cdot q_i \cdot k_j + bias_{r(i,j)} + mask_{ij}) \, v_j
 
-    with ``exp(min(logit_scale, ln 100))`` times the cosine of q_i and k_j, each divided by max(norm, 1e-12), in place
-    of the scaled product if ``logit_scale`` is given. With ``axis_tables`` the bias is the sum over axes a of
+    If ``logit_scale`` is given, the scaled product is replaced by ``exp(min(logit_scale, ln 100))`` times the cosine of
+    q_i and k_j, each divided by max(norm, 1e-12). With ``axis_tables`` the bias is the sum over axes a of
     q_i . axis_tables[a][i_a - j_a + window_a - 1], with q unscaled. ``mask_ij`` is ``mask_value`` where the shift
-    regions of the two tokens differ, else 0. Pad tokens are keys like any other; their result rows are dropped.
+    regions of the two tokens differ, else 0. Pad tokens are keys like any other; their rows of the output are dropped.
 
     Args:
         q, k, v: (B, \*S, num_heads, head_dim) each, S = (H, W) or (D, H, W), any floating dtype.
         return_attention: also return the attention weights after dropout, (B, num_windows, num_heads, N, N), in the
             dtype of q; with a ``key_window`` of M tokens (..., N, M).
-        return_lse: also return the natural log-sum-exp of the final scores, (B, num_windows, num_heads, N), last.
+        return_lse: also return, as the last result, the natural log-sum-exp of the final scores, (B, num_windows,
+            num_heads, N).
 
         The other arguments are documented in :func:`swinkernels.window_attention`. Only mistakes that would silently
         give a wrong result raise an error here.
 
     Returns:
         (B, \*S, num_heads * head_dim) in the dtype of q, contiguous. The arithmetic is in float32, or in float64 if q
-        is, also under autocast, and the result is rounded once. (A backward pass under autocast is torch's own and
+        is, also under autocast, and the result is rounded once. (The backward pass is autograd's; under autocast it
         rounds its products.) An empty batch gives an empty result.
-        The gradient of ``logit_scale`` is zero above ln 100; like torch.clamp, it is not zero at ln 100 itself. A pad
-        token whose k is zero has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of
-        the order of 1e12. If a model's k has no bias, no parameter gets this gradient.
+        The gradient of ``logit_scale`` is zero above ln 100 but, as with torch.clamp, not at ln 100 itself. A pad token
+        whose k is zero has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of the
+        order of 1e12. In a model without a bias of k, this gradient reaches no parameter.
 
     Raises:
         ValueError: an invalid geometry, or tables whose shape does not match it.
@@ -215,7 +216,7 @@ def window_attention(
         probs = probs * keep / (1.0 - dropout_p) if dropout_p < 1.0 else probs * keep
     out = (probs @ v).to(dtype)  # (B, num_windows, heads, N, head_dim)
 
-    # Scatter: each token of the map is one token of one window; pad tokens are dropped.
+    # Scatter: each token of the map belongs to exactly one window; pad tokens are dropped.
     flat = index.reshape(-1)
     position = torch.empty(math.prod(size) + 1, dtype=torch.long, device=q.device)
     position[flat] = torch.arange(flat.numel(), device=q.device)
@@ -227,13 +228,13 @@ def window_attention(
 
 def window_attention_qkvpacked(
     qkv: Tensor, bias_table: Tensor | None = None, *, num_heads: int, window_size: Ints, **kwargs
-) -> Any:  # a Tensor, or a tuple of all that is requested
+) -> Any:  # a Tensor, or a tuple if further results are requested
     r"""Compute attention inside the shifted windows of a feature map, given q, k and v in one tensor.
 
     Args:
         qkv: (B, \*S, 3C) or (B, \*S, 3, num_heads, head_dim), S = (H, W) or (D, H, W).
 
-        The other arguments, the formula, the returns and the errors are as for :func:`window_attention` above.
+        The other arguments, the formula, the results and the errors are as for :func:`window_attention` above.
 
     Source: the output layout of the published qkv Linear, (3, num_heads, head_dim).
     """

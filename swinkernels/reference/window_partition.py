@@ -16,7 +16,7 @@ def window_partition(x: Tensor, window_size: Ints, shift_size: Ints = 0, *, pad_
 
     .. math:: windows_{b \cdot num\_windows + w, t} = x_{b, y(w, t)}
 
-    where y(w, t) is the token of the map at token t of window w after the cyclic shift, or a pad token, which is zero.
+    where y(w, t) is the map token that the cyclic shift moves to token t of window w, or a pad token, which is zero.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype, any strides.
@@ -87,5 +87,5 @@ def window_reverse(
     batch, channels = windows.shape[0] // num_windows, windows.shape[2]
     flat = index.reshape(-1)
     position = torch.empty(math.prod(size) + 1, dtype=torch.long, device=windows.device)
-    position[flat] = torch.arange(flat.numel(), device=windows.device)  # the last is a pad token
+    position[flat] = torch.arange(flat.numel(), device=windows.device)  # the last entry is for a pad token
     return windows.reshape(batch, num_windows * n, channels)[:, position[:-1]].reshape(batch, *size, channels)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 INT32_MAX = 2**31 - 1
 # Launch options of all kernels with arithmetic: products and sums are contracted to fused multiply-adds, as by nvcc.
-# This is explicit because Triton 3.9 announces a change of its default.
+# The option is set explicitly because Triton 3.9 announces a change of its default.
 ARITHMETIC = {"enable_fp_fusion": True}
 
 
@@ -24,12 +24,12 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def pad_to_3d(values: Sequence[int], leading: int) -> tuple[int, ...]:
-    """Return one value for each of three axes; in 2D the first value is ``leading``."""
+    """Return one value for each of three axes: ``values``, in 2D preceded by ``leading``."""
     return (leading,) * (3 - len(values)) + tuple(values)
 
 
 def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a contiguous tensor with these sizes."""
+    """Return the strides of a contiguous tensor of shape ``sizes``."""
     strides, step = [], 1
     for size in reversed(sizes):
         strides.append(step)
@@ -38,7 +38,7 @@ def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def alignment(values: Sequence[int], limit: int) -> int:
-    """Return the largest power of two that divides all values and ``limit``, a power of two."""
+    """Return the largest power of two that divides all ``values`` and ``limit``, itself a power of two."""
     bits = limit
     for value in values:
         bits |= value
@@ -47,5 +47,5 @@ def alignment(values: Sequence[int], limit: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return a GPU's number of multiprocessors, or 132, as on an H100, if kernels are interpreted or only compiled."""
+    """Return the number of multiprocessors of ``device``, or that of an H100 (132) if ``device`` is not a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -4,12 +4,12 @@ Maths     pre:  y = s + fc2(gelu(fc1(norm(s)))), post: y = s + norm(fc2(gelu(fc1
           The statistics, from two passes over registers, GELU and the sums of both products are float32. The left
           operands of both products are rounded to the weights' dtype, and the result once, to the dtype of x.
 Tiling    a program has ROWS tokens with all of their C channels. A tile's width must be a power of two, which C is not,
-          so each token has two parts, of WIDE and C - WIDE channels. A program computes CHUNK hidden channels per step:
-          fc1 sums over both parts, and GELU's result goes from registers into the sums of fc2. Hopper's matrix units
+          so each token is split into WIDE and C - WIDE channels. A program computes CHUNK hidden channels per step: fc1
+          sums over both parts, and the result of GELU, in registers, is the left operand of fc2. Hopper's matrix units
           process 64 tokens with four warps at once.
 Traffic   x and branch are read once from memory, and a second time, for the residual connection, from the L2 cache,
-          because in registers they would cost as much as the left operand of fc1. y is written once. Each program reads
-          both weights once, from the L2 cache.
+          because keeping them would take as many registers as the left operand of fc1. y is written once. Each program
+          reads both weights once, from the L2 cache.
 Roofline  B=128, 56x56, C=96, bf16, H100 SXM (published peaks): 154 MB, 46 us at 3.35 TB/s; 59 GFLOP, 60 us at 989
           TFLOP/s. C=192 at 28x28 has half of the bytes and as many flops. docs/dev/memory-bound.md has predictions.
 Limits    rows below 2^31; C a sum of two powers of two; the hidden channels a multiple of CHUNK.
@@ -20,23 +20,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A polynomial, lowest power first, that approximates log2 of the normal distribution function at -t. Up to t = 5.25 the
-# power of two has a relative error of at most 1.4e-4. Beyond, the polynomial falls to minus infinity, and t times the
-# power of two has an error of at most 3e-10.
+# Coefficients, lowest power first, of a polynomial p(t) that approximates log2 of the standard normal CDF at -t. Up to
+# t = 5.25, exp2(p) has a relative error of at most 1.4e-4. Beyond, p falls to minus infinity, and t exp2(p) has an
+# absolute error of at most 3e-10.
 _TAIL_0 = tl.constexpr(-1.00020398)
 _TAIL_1 = tl.constexpr(-1.14807992)
 _TAIL_2 = tl.constexpr(-0.466375237)
 _TAIL_3 = tl.constexpr(-0.0466448444)
 _TAIL_4 = tl.constexpr(0.00537467162)
 _TAIL_5 = tl.constexpr(-0.000275963182)
-_TAIL_END = tl.constexpr(20.0)  # the power of two is zero here; infinity times zero would be NaN
+_TAIL_END = tl.constexpr(20.0)  # exp2(p) is zero here; infinity times zero would be NaN
 _TANH_SLOPE = tl.constexpr(-2.302208198)  # -2 log2(e) sqrt(2 / pi)
 _TANH_CUBE = tl.constexpr(-2.302208198 * 0.044715)
 
 
 @triton.jit
 def gelu(x, FORM: tl.constexpr):
-    """Return GELU of float32 numbers; FORM is "erf" (exact), "tail" (accurate to 16 bits) or "tanh" (as in torch)."""
+    """Return GELU of ``x``, float32; FORM is "erf" (exact), "tail" (for 16-bit results) or "tanh" (as in torch)."""
     if FORM == "erf":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif FORM == "tail":
@@ -85,7 +85,7 @@ def _scale_columns(part, values, column):
 
 @triton.jit
 def _norm(a, b, weight, bias, eps, column_a, column_b):
-    """Return the layer norm of tokens whose channels are given, and returned, in two parts."""
+    """Return the layer norm of tokens whose channels are split into ``a`` and ``b``, in the same two parts."""
     C: tl.constexpr = a.shape[1] + b.shape[1]
     mean = (tl.sum(a, axis=1) + tl.sum(b, axis=1)) / C
     a, b = a - mean[:, None], b - mean[:, None]

@@ -9,7 +9,7 @@ Tiling    a program holds ROWS merged tokens in registers. A token's L columns, 
           the tile (PARTS * ROWS, WIDTH) is part i // ROWS of merged token i % ROWS. Warps take the tile's rows in turn,
           so with accesses of 16 bytes and up to L = 512 a merged token belongs to one warp, and its sums need no
           barrier. The columns of a backward program are in the order of the map instead of the runs, so that each
-          neighbour's gradient is written once, even if the runs have that neighbour twice or not at all.
+          neighbour's gradient is written once, even if the neighbour is in two runs or in none.
 Order     a program processes every PROGRAMS-th tile. Its columns and parameters are the same in all its tiles, and its
           rows advance with carries instead of divisions. A backward program sums its share of dweight and dbias in
           registers, and sum_shares adds the shares. The number of backward programs is the same on every GPU, and so
@@ -52,7 +52,7 @@ def _entry(table: tl.constexpr, i):
 
 @triton.jit
 def _offsets(neighbour, FACTOR: tl.constexpr):
-    """Return the offset of a neighbour on each axis, given its row-major number."""
+    """Return the offset on each axis of a neighbour, given its row-major index."""
     return neighbour // (FACTOR[1] * FACTOR[2]), neighbour // FACTOR[2] % FACTOR[1], neighbour % FACTOR[2]
 
 
@@ -64,7 +64,7 @@ def _columns(PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _advance(window, step, size, FACTOR: tl.constexpr):
-    """Return the merged tokens that follow by ``step``. Carries replace divisions, which every lane would execute."""
+    """Return ``window`` advanced by ``step``. Carries replace divisions, which every lane would execute."""
     num0, num1, num2 = tl.cdiv(size[0], FACTOR[0]), tl.cdiv(size[1], FACTOR[1]), tl.cdiv(size[2], FACTOR[2])
     n2 = window.n2 + step[3]
     carry = n2 >= num2
@@ -112,7 +112,7 @@ def _strided_row(at, strides):
 
 @triton.jit
 def _tile_rows(first, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """Return the number of the merged token to which each row of the tile belongs."""
+    """Return the index of the merged token to which each row of the tile at token ``first`` belongs."""
     return first + tl.arange(0, PARTS * ROWS) % ROWS
 
 
@@ -123,7 +123,7 @@ def _by_part(tile, PARTS: tl.constexpr):
 
 @triton.jit
 def _for_each_part(total, PARTS: tl.constexpr):
-    """Repeat values of merged tokens for all rows of the tile."""
+    """Repeat ``total``, one value per merged token, for all rows of the tile."""
     return tl.reshape(tl.broadcast_to(total[None, :], (PARTS, total.shape[0])), (PARTS * total.shape[0],))
 
 
@@ -134,7 +134,7 @@ def _row_sum(tile, PARTS: tl.constexpr):
 
 @triton.jit
 def _row_sums(a, b, PARTS: tl.constexpr):
-    """Return the row sums of two tiles together: if rows span several warps, the warps exchange data only once."""
+    """Compute the row sums of two tiles together: if rows span several warps, the warps exchange data only once."""
     in_lanes = tl.join(tl.sum(_by_part(a, PARTS), axis=0), tl.sum(_by_part(b, PARTS), axis=0))
     a, b = tl.split(tl.sum(in_lanes, axis=1))
     return _for_each_part(a, PARTS), _for_each_part(b, PARTS)
@@ -190,7 +190,7 @@ def fwd(
 
 @triton.jit
 def _load_run(data, run, channel, has, CHANNELS: tl.constexpr):
-    """Load a parameter at the columns of a backward tile; columns that are in no run get zero."""
+    """Load a parameter at the columns of a backward tile; the value is zero at columns that are in no run."""
     return tl.load(data + run * CHANNELS + channel, mask=has, other=0.0).to(tl.float32)
 
 
@@ -233,9 +233,9 @@ def bwd(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, HAS_PADDING: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx and, unless they are None, each program's share of dweight and dbias, (programs, L).
+    """Compute dx and each program's share of dweight and dbias, (programs, L).
 
-    SECOND is None if no neighbour is in two runs.
+    ``dweight_shares`` and ``dbias_shares`` may be None. SECOND is None if no neighbour is in two runs.
     """
     LENGTH: tl.constexpr = FACTOR[0] * FACTOR[1] * FACTOR[2] * CHANNELS
     program = tl.program_id(0)

@@ -1,8 +1,8 @@
 """Index arithmetic of all window ops: finds the tokens of shifted windows in a map, and the pad tokens.
 
-The geometry has three axes; in 2D the first has one token. ``roll`` is the shift in the form used for addresses: with
-``roll_then_pad`` it is modulo the map's size, since a map may be smaller than the shift. ``before`` counts pad tokens
-before the data. On each axis the shift is below the frame, so addresses wrap around at most once.
+The geometry has three axes; in 2D the first has one token. ``roll`` is the shift; with ``roll_then_pad``, the shift
+modulo the map's size, since a map may be smaller than the shift. ``before`` is the number of pad tokens before the
+data. On each axis the shift is below the frame, so addresses wrap around at most once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of a window: their numbers in it, image, coordinates in the map, and a mask of those in the map."""
+    """Tokens of a window: indices in the window, image, coordinates in the map, and a mask of tokens in the map."""
 
     token: Any
     image: Any
@@ -52,13 +52,13 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def coordinates(token, WINDOW: tl.constexpr):
-    """Return tokens' coordinates in the window. A token beyond the window gets a first coordinate beyond it, too."""
+    """Return the window coordinates of indices ``token``; an index past the window has a first coordinate past it."""
     return token // (WINDOW[1] * WINDOW[2]), token // WINDOW[2] % WINDOW[1], token % WINDOW[2]
 
 
 @triton.jit
 def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr):
-    """Return, on one axis, the map coordinate of token t of window n, and whether it is in the map or a pad token."""
+    """Return, on one axis, the map coordinate of token ``t`` of window ``n``, and a mask, False for pad tokens."""
     num_windows = tl.cdiv(size, WINDOW)
     g = t * num_windows + n if GRID else n * WINDOW + t
     if ROLL_THEN_PAD:
@@ -76,7 +76,7 @@ def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.co
 
 @triton.jit
 def locate(window, token, geometry, STATIC: tl.constexpr):
-    """Return the Tokens with these numbers in a window.
+    """Return the Tokens of ``window`` with the row-major indices ``token``.
 
     ``geometry`` has the fields of Geometry; STATIC has at least WINDOW, ROLL_THEN_PAD, GRID and HAS_PADDING.
     """
@@ -96,7 +96,7 @@ def locate(window, token, geometry, STATIC: tl.constexpr):
 
 @triton.jit
 def split_window(number, size, WINDOW: tl.constexpr):
-    """Return the Window with this number in the batch."""
+    """Return the Window with the index ``number`` in the batch."""
     num1, num2 = tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
     num0 = tl.cdiv(size[0], WINDOW[0])
     n2 = number % num2
@@ -107,7 +107,7 @@ def split_window(number, size, WINDOW: tl.constexpr):
 
 @triton.jit
 def next_window(window, size, WINDOW: tl.constexpr):
-    """Return the next window. Carries replace the divisions of split_window, which every thread would execute."""
+    """Return the window after ``window``. Carries replace split_window's divisions, which every lane would execute."""
     n2 = window.n2 + 1
     wraps = n2 == tl.cdiv(size[2], WINDOW[2])
     n2 = tl.where(wraps, 0, n2)
@@ -122,6 +122,6 @@ def next_window(window, size, WINDOW: tl.constexpr):
 
 @triton.jit
 def dense_row(at, size):
-    """Return the number of a token in a contiguous (B, *S, ...) map. ``at`` has the fields of Place."""
+    """Return the row-major index of the token ``at``, with the fields of Place, in a contiguous (B, *S, ...) map."""
     first = at.image.to(tl.int64) * size[0]
     return ((first + at.y0) * size[1] + at.y1) * size[2] + at.y2

@@ -23,7 +23,7 @@ from swinkernels.triton._window_address import Geometry, locate, next_window, sp
 
 
 class Static(NamedTuple):
-    """The arguments that the kernel is compiled for."""
+    """Compile-time arguments of the kernel."""
 
     WINDOW: Any
     VOLUME: Any  # tokens of a window
@@ -37,7 +37,10 @@ def move_windows(
     x, windows, batch_windows, windows_per_program, size, roll, x_strides, window_strides,
     STATIC: tl.constexpr, ROW: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Copy chunks of VEC elements, the unit of x_strides (batch, axes 0 to 2) and window_strides (window, token)."""
+    """Copy ``x`` to ``windows`` or, if REVERSE, ``windows`` to ``x``, in chunks of VEC elements.
+
+    A chunk is the unit of x_strides (batch, axes 0 to 2) and window_strides (window, token).
+    """
     TILES: tl.constexpr = (STATIC.VOLUME * ROW + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     first = program // TILES * windows_per_program

@@ -1,4 +1,4 @@
-"""Launches the Triton kernel of an MLP half: the op with the suffix ``_triton`` runs this function."""
+"""Launches the Triton kernel of an MLP half: :func:`forward` implements the op ``mlp_half_triton``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from swinkernels.triton import _mlp_half_kernels as kernels
 from swinkernels.triton._launch import ARITHMETIC, INT32_MAX, contiguous
 
 ROWS, CHUNK = 128, 32  # tokens per program, hidden channels per step
-# With 128 registers per thread, which 96 channels allow, two programs share a multiprocessor, and the GELU of one
-# overlaps with the products of the other. These numbers are derived from registers and shared memory, not measured.
+# With 128 registers per thread, enough for 96 channels, two programs share a multiprocessor, and the GELU of one
+# overlaps with the products of the other. The values are derived from register and shared-memory use, not
+# measured.
 WARPS, STAGES, REGISTERS = 8, 2, 128
 
 
@@ -30,7 +31,7 @@ def forward(
     post: bool,
     tanh: bool,
 ) -> Tensor:
-    """Return y, in the dtype of x."""
+    """Compute the MLP half of ``x`` and return it in the dtype of ``x``."""
     hidden, channels = fc1_weight.shape
     wide = triton.next_power_of_2(channels) // 2
     if hidden % CHUNK != 0 or min(wide, channels - wide) < 16 or (channels - wide).bit_count() != 1:

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of patch merging: the ops with the suffix ``_triton`` run these functions."""
+"""Launches the Triton kernels of patch merging, for ``patch_merging_norm_fwd_triton`` and ``_bwd_triton``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from swinkernels.triton._launch import ARITHMETIC, alignment, contiguous, multip
 
 MAX_ROWS = 2**30
 ACCESS_BYTES = 16
-# These numbers are for maps read 16 bytes at a time; other maps need more registers for addresses, and so fewer columns
-# per lane. 24 warps forward and 16 backward then share a multiprocessor, and nothing spills.
+# These values are for maps read 16 bytes at a time; other maps need more registers for addresses, and so fewer columns
+# per lane. 24 warps forward and 16 backward then share a multiprocessor, and no registers are spilled.
 COLUMNS = 16  # columns of a row per lane
 FORWARD_REGISTERS, FORWARD_WARPS = 80, 24
 BACKWARD_REGISTERS = 128
 # The number of programs of a backward pass. It is the same on every GPU, so that the order of sums, and with it the
-# result, does not depend on the GPU. With about 130 multiprocessors, each gets two programs of eight warps, and each
-# program sums a share of dweight and dbias.
+# result, does not depend on the GPU. A GPU with about 130 multiprocessors runs two programs, of eight warps each, on
+# every multiprocessor. Each program sums a share of dweight and dbias.
 BACKWARD_PROGRAMS = 256
 SUM_COLUMNS = 32  # columns per program of sum_shares
 
 
 class Tile(NamedTuple):
-    """The layout of a program's rows in registers, its warps, and the number of programs."""
+    """The layout of a program's rows in registers, the number of its warps, and the number of programs."""
 
     parts: int
     rows: int
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 
 def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessors: int) -> Tile:
-    """Return the tile of a kernel, derived from registers and bytes in flight; it has not been tuned on a GPU.
+    """Return the tile of a kernel, derived from register use and bytes in flight; it has not been tuned on a GPU.
 
     ``itemsize`` is the size of a written element; ``whole`` is True if accesses of 16 bytes are possible. Each lane
     makes one access per part.
@@ -66,12 +66,12 @@ class _Geometry(NamedTuple):
 
 
 def _table(entries: Sequence[int]) -> int:
-    """Pack entries of four bits each, the first one lowest."""
+    """Pack entries of four bits each into an integer, the first entry in the lowest bits."""
     return sum(entry << (4 * i) for i, entry in enumerate(entries))
 
 
 def _runs_of(neighbours: Sequence[int]) -> dict[str, int | None]:
-    """Return tables of the first and the second run that contain each neighbour."""
+    """Return the kernel's tables FIRST and SECOND: the first and the second run that contain each neighbour."""
     runs: list[list[int]] = [[] for _ in neighbours]
     for run, neighbour in enumerate(neighbours):
         runs[neighbour].append(run)
@@ -101,7 +101,7 @@ def _geometry(
     whole = align % vec == 0 and channels % vec == 0
     size, tiling = pad_to_3d(size, 1), tile(length, itemsize, whole, backward, multiprocessors)
     runs = _runs_of(neighbours) if backward else {"RUNS": _table(neighbours)}
-    # If a neighbour is in two runs, a second pair of accumulators is needed, so registers are not limited.
+    # If a neighbour is in two runs, a second pair of accumulators is needed, so the registers are not limited.
     bounded = whole and runs.get("SECOND") is None
     registers = BACKWARD_REGISTERS if backward else FORWARD_REGISTERS
     steps = [s // align for s in strides]
@@ -154,7 +154,7 @@ def forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return z, mean and rstd."""
+    """Gather and normalise the merged tokens of ``x``; return z, mean and rstd."""
     x = unit_stride(x)
     geometry = _prepare(x, dtype.itemsize, factor, neighbours, False)
     shape = (x.shape[0], *geometry.merged)
@@ -179,7 +179,7 @@ def backward(
     needs_dweight: bool,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, and dweight and dbias in float32, empty if not needed."""
+    """Return dx, dweight and dbias; dweight and dbias are float32, and empty if not needed."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x = unit_stride(x)
     geometry = _prepare(x, x.element_size(), factor, neighbours, True)

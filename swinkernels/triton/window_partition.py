@@ -1,4 +1,4 @@
-"""Launches the Triton kernel of window partition and window reverse: the ops with the suffix ``_triton`` run these."""
+"""Launches the Triton kernel of the ops ``window_partition_triton`` and ``window_reverse_triton``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from swinkernels.triton import _window_partition_kernels as kernels
 from swinkernels.triton._launch import INT32_MAX, alignment, dense_strides, pad_to_3d, unit_stride
 
-# These numbers are derived; they have not been tuned on a GPU. Four accesses per lane in blocks of two warps leave few
-# lanes idle in a window's last tile. At 64 to 80 registers per lane they keep 50 KB in flight per multiprocessor, twice
-# the amount that hides the memory latency. Decoding a window costs as much as moving it once, so a program copies
+# These values are derived, not tuned on a GPU. Four accesses per lane in blocks of two warps leave few lanes idle
+# in a window's last tile. At 64 to 80 registers per lane, 50 KB are in flight per multiprocessor, twice the amount that
+# hides the memory latency. Computing the addresses of a window costs as much as copying it once, so a program copies
 # several windows, but not so many that the last programs run alone.
 CHUNKS = 256
 CHUNKS_PER_WARP = 128

@@ -67,9 +67,9 @@ def source(family: str) -> str:
 
 
 def counted(family: str) -> tuple[int, int, list[str]]:
-    """Count the modules that ran on a window attention op and all modules with window attention.
+    """Count the modules that ran on a window attention op, and all modules with window attention.
 
-    Returns both numbers and the reasons why they differ.
+    Returns both counts and the reasons why they differ.
     """
     model = make_model(family)
     report = swinkernels.accelerate(model)
@@ -87,7 +87,7 @@ def on_the_op(family: str) -> str:
 
 
 def error(got: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Return the largest error, relative to each tensor's largest element; tensors that cancel to zero are left out."""
+    """Return the largest error, relative to each tensor's largest element; skip tensors whose terms cancel to zero."""
     largest = max(t.abs().max().item() for t in exact.values())
     found = [0.0]
     for name, t in exact.items():

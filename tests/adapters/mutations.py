@@ -2,9 +2,9 @@
 
 A seed and a number determine a mutation: a model, one or two edits that a user could make before or after
 ``accelerate``, the next step (a copy, a pickle, a second ``accelerate``, ``restore``), and how the model runs. The
-library's own model gets the same edits. Both models must then return the same outputs and gradients and leave the same
-attributes, buffers, log and random state, or both must raise an exception. If they differ, the command that repeats
-this mutation alone is printed.
+same edits are applied to the library's own model. Both models must then return the same outputs and gradients and leave
+the same attributes, buffers, log and random state, or both must raise an exception. If they differ, the command that
+repeats only this mutation is printed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def scaled(x: Any) -> Any:
 
 @dataclass
 class Site:
-    """The module that an edit changes, with the random numbers and the log that the edit uses."""
+    """The module that an edit changes, with the random number generator and the log that the edit uses."""
 
     model: nn.Module
     path: str
@@ -121,7 +121,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _methods(module: nn.Module) -> list[Any]:
-    """Return the names of the methods that a module's class adds to nn.Module's interface."""
+    """Return the names of the methods that the class of ``module`` adds to those of nn.Module."""
     names = []
     for cls in type(module).__mro__:
         if cls is nn.Module or cls.__module__.startswith("torch.nn"):
@@ -177,7 +177,7 @@ def method_of_the_class(site: Site, name: str) -> None:
 
 
 def _patch_class(site: Site, name: str) -> None:
-    """Patch a method in the class of the library that defines it, which this package's classes inherit from."""
+    """Patch a method in the library's class that defines it, from which the accelerated class inherits."""
     cls = next(c for c in type(site.module).__mro__ if name in vars(c) and not issubclass(c, Accelerated))
     method = vars(cls)[name]
 
@@ -191,7 +191,7 @@ def _patch_class(site: Site, name: str) -> None:
 
 @edit(_always)
 def forward_bound_for_offload(site: Site, _: Any) -> None:
-    """Bind forward to the instance, as tools do that move weights to a GPU only during a call."""
+    """Bind forward to the instance, as do offloading tools that move weights to a GPU only during a call."""
     module = site.module
     module._old_forward = module.forward
 
@@ -269,7 +269,7 @@ def attribute_as_numpy_scalar(site: Site, name: str) -> None:
 
 
 def _factor(kind: int, value: float) -> Any:
-    """Return a setting that contains the factor ``value``, of the type numbered ``kind``; _read returns the factor."""
+    """Return a setting that holds the factor ``value``, of the type with index ``kind``; _read returns the factor."""
     return (
         types.SimpleNamespace(factor=value), {"factor": value}, Settings(value), Mode.A if value == 1.0 else Mode.B,
         np.float64(value), torch.tensor(int(4 * value)), torch.tensor([value > 1.0]),
@@ -288,7 +288,7 @@ def _read(setting: Any) -> float:
 
 @edit(lambda module: list(range(7)))
 def settings_of_unlike_instances(site: Site, setting: int) -> None:
-    """Give all instances of a class a setting that their forward reads; at this module, its value is different."""
+    """Add a setting that forward reads to all instances of the module's class; only this module's value differs."""
     first = original(type(site.module))
     changed: dict[type, type] = {}
     for name, module in site.model.named_modules():
@@ -351,7 +351,7 @@ def submodule_with_other_weights(site: Site, name: str) -> None:
 
 @edit(_always)
 def shared_submodule(site: Site, _: Any) -> None:
-    """Replace another module of the same class and shapes by this one, so that the model contains it twice."""
+    """Replace another module of the same class and parameter shapes by ``site.module``, which is then in two places."""
     module = site.module
     shapes = [p.shape for p in module.parameters()]
     for path, other in list(site.model.named_modules()):
@@ -469,7 +469,7 @@ def weight_norm(site: Site, name: str) -> None:
 
 
 class Int8Weight(Tensor):
-    """A quantised weight that F.linear accepts and other ops reject, like the weights that quantisers make."""
+    """A quantised weight that F.linear accepts and other ops reject, like the weights of quantisation libraries."""
 
     values: Tensor
     step: Tensor
@@ -571,7 +571,7 @@ def _pickled(model: nn.Module) -> nn.Module:
 
 
 def _restored(model: nn.Module) -> nn.Module:
-    with contextlib.suppress(RuntimeError):  # raised, with no change, for a class derived after accelerate
+    with contextlib.suppress(RuntimeError):  # for a class derived after accelerate; the model is then unchanged
         swinkernels.restore(model)
     return model
 
@@ -610,7 +610,7 @@ class Mutation:
 
 @functools.cache
 def _models(family: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a model, and the paths of all modules that accelerate replaces and of the modules inside them."""
+    """Return a model of ``family``, and the paths of all modules that accelerate replaces or that are inside them."""
     model = make_model(family)
     fast = copy.deepcopy(model)
     replaced = [entry.path for entry in swinkernels.accelerate(fast).replaced]
@@ -619,7 +619,7 @@ def _models(family: str) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def draw(seed: int, number: int) -> Mutation:
-    """Draw the mutation with this seed and number."""
+    """Draw the mutation that ``seed`` and ``number`` determine."""
     rng = random.Random(f"{seed} {number}")
     family = rng.choice(list(FAMILIES))
     model, paths = _models(family)
@@ -629,8 +629,8 @@ def draw(seed: int, number: int) -> Mutation:
         sites = [(path, of) for path in paths for of in EDITS[name][0](model.get_submodule(path))]
         if sites:
             edits.append((name, *rng.choice(sites)))
-    # The closure of these edits keeps the accelerated method, which fails once restore or a second accelerate has given
-    # the module its old class back.
+    # The closures of these edits hold the accelerated method, which fails once restore or a second accelerate has set
+    # the module's class back.
     keeps = any(name in ("forward of the instance", "method of the instance") for name, _, _ in edits)
     backend, dtype = rng.choice((("reference", torch.float64), ("auto", torch.float64), ("auto", torch.float32)))
     return Mutation(
@@ -752,7 +752,7 @@ def _difference(got: Any, expected: Any, tolerance: float, floor: float) -> str 
 
 
 def check(seed: int, number: int) -> str | None:
-    """Run a mutation; return the command that repeats it and how its two models differ, or None if they agree."""
+    """Run a mutation; return the command that repeats it and the models' difference, or None if they agree."""
     mutation = draw(seed, number)
     expected = run(mutation, accelerates=False)
     got = run(mutation, accelerates=True)

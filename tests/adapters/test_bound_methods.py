@@ -1,4 +1,4 @@
-"""Tests that methods bound to an instance by other code, such as weight offloading, follow the module's class."""
+"""Tests of methods that other code, such as weight offloading, bound to an instance: they follow the module's class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bind(module: Any) -> None:
 
 
 def hook(module: Any) -> list[None]:
-    """Wrap forward as weight offloading does; return a list that grows with every call."""
+    """Wrap forward as weight offloading does; return a list to which every call appends an entry."""
     calls: list[None] = []
     old = module.forward
     module._old_forward = old

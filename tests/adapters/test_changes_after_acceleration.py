@@ -44,7 +44,7 @@ def pair(place: Place) -> tuple[Any, Any]:
 
 
 def check(place: Place, plain: Any, fast: Any, before: Tensor) -> None:
-    """Check that the edit changes the library's own module, and the accelerated one in the same way."""
+    """Check that the edit changes the results of the library's own module and of the accelerated module alike."""
     expected = place.run(plain)
     assert (expected - before).abs().max() > 1e-3, "the edit changes nothing"
     torch.testing.assert_close(place.run(fast), expected, **CLOSE)
@@ -108,7 +108,7 @@ def test_lookups_of_tensorflows_bias():
 
 
 def test_the_same_values_keep_the_op(monkeypatch):
-    """A stored tensor keeps the op if it still has the standard values after it was moved, loaded or assigned."""
+    """The op is still used if a stored tensor that was moved, loaded or assigned has the standard values."""
     from swinkernels.adapters.libraries.timm import _blocks
 
     place = PLACES["timm swin"]
@@ -188,7 +188,7 @@ def test_methods_replaced_on_an_instance(place):
 
 
 def test_a_class_patched_before_the_first_accelerate_is_told(monkeypatch):
-    """A method counts as patched if its code belongs to another package than its class, even if patched earlier."""
+    """A method counts as patched, however early that was done, if its code and its class are of different packages."""
     from timm.models.swin_transformer import WindowAttention
 
     monkeypatch.setattr(WindowAttention, "forward", scaled(WindowAttention.forward))

@@ -46,7 +46,7 @@ POST_NORM = {"residual_post_norm": 8, "patch_merging": 1}
 
 
 def maxvit_of_timm(drop_path: float) -> nn.Module:
-    """Make a MaxViT with channels last in the first stage and channels first in the second."""
+    """Build a MaxViT with two stages of one block each."""
     maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
     attention = maxxvit.MaxxVitTransformerCfg(dim_head=8, window_size=(4, 4), grid_size=(4, 4))
     cfg = maxxvit.MaxxVitCfg(
@@ -63,10 +63,10 @@ def large(drop_path: float) -> Swin:
 
 @dataclass(frozen=True)
 class Library:
-    build: Callable[[float], nn.Module]  # makes a model, given its drop path rate
+    build: Callable[[float], nn.Module]  # builds a model, given its drop path rate
     attention: int = 4  # calls of the attention op in one forward pass
     image: tuple[int, ...] = IMAGE
-    # Calls of the other ops in one forward pass, and calls of layer_norm in one under autocast.
+    # Calls of the other ops in one forward pass, and of layer_norm in one forward pass under autocast.
     norms: dict[str, int] = field(default_factory=dict)
     autocast_norms: int = 0
 
@@ -155,7 +155,7 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list to which each call of another op appends the op's name."""
+    """Return a list to which each call of a norm or patch merging op appends the op's name."""
     seen: list[str] = []
 
     def watched(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,7 +219,7 @@ def _seed(*_: Any) -> None:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_drop_path_draws_the_same(library, backend):
     model, x = make(library, torch.float64, drop_path=0.5).train(), images(library, 4, torch.float64)
-    model.register_forward_pre_hook(_seed)  # also before each run of `shaken`
+    model.register_forward_pre_hook(_seed)  # also seeds each run in `shaken`
     results = []
     for m in (model, accelerated(model, backend)):
         results.append({name: t for name, t in run(m, x).items() if "position_bias_mlp" not in name})  # sums cancel

@@ -69,7 +69,7 @@ def test_outputs_and_every_gradient(shift, backend, monkeypatch):
 
 
 class Wrapped(nn.Module):
-    """Calls attention of either version from a block of unknown form."""
+    """A block of unknown form that calls attention of v1 or v2."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Talking(forms.WindowAttention):
 
 
 class MaskTwice(forms.WindowAttention):
-    """Adds the mask twice, as two models of transformers do."""
+    """Attention that adds the mask twice, like two models of transformers."""
 
     def forward(self, x, mask=None):
         return super().forward(x, mask if mask is None else 2 * mask)

@@ -1,4 +1,4 @@
-"""Tests accelerate on copies of Microsoft's block: replaced copies give the same results, others get a reason."""
+"""Tests accelerate on copies of Microsoft's block: replaced copies give the same results, others are skipped."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def video_block(shift_size: int = 0, **options: Any) -> nn.Module:
     return forms.VideoBlock(12, 3, shift_size=(shift_size // 2, shift_size, shift_size), **options)
 
 
-# For each form, a function that makes a block, with or without a shift, and the shapes and arguments of its calls.
+# For each form, a function that builds a block, with or without a shift, and the shapes and arguments of its calls.
 FORMS: dict[str, tuple[Any, list[tuple[tuple[int, ...], Any]]]] = {
     "classification": (lambda **o: make(forms.ClassificationBlock, 12, (8, 12), 3, **o), [((96,), None)]),
     "classification, clamped": (lambda **o: make(forms.ClassificationBlock, 12, (3, 6), 3, **o), [((18,), None)]),
@@ -67,7 +67,7 @@ every_shift = pytest.mark.parametrize("options", [{}, SHIFTED], ids=["plain", "s
 
 
 def calls_of(name: str, block: Any) -> list[tuple[Tensor, tuple[Any, ...]]]:
-    """Return the calls of a form's block, each as its input and its other arguments."""
+    """Return the calls of a block of form ``name``, each as its input and its other arguments."""
     calls = []
     for shape, given in FORMS[name][1]:
         x = torch.randn(2, *shape, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -211,7 +211,7 @@ class OtherMaskValue(forms.ClassificationBlock):
 
 
 class OtherMaskWhereItIsMade(forms.RestorationBlock):
-    """Uses the mask value -200 for sizes other than the block's own; ordinary inputs do not reveal it."""
+    """Uses the mask value -200 for sizes other than the block's own; the results differ only on extreme inputs."""
 
     def calculate_mask(self, size):
         return super().calculate_mask(size) * (1 if tuple(size) == self.input_resolution else 2)
@@ -249,7 +249,7 @@ class ExtraBias(forms.WindowAttention):
 
 
 class HiddenOffset(forms.WindowAttention):
-    """Adds an offset and multiplies by a gain, which are neutral (0 and 1) in this instance."""
+    """Attention with an offset and a gain of the bias, which are neutral (0 and 1) in this instance."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -261,14 +261,14 @@ class HiddenOffset(forms.WindowAttention):
 
 
 class OtherClamp(forms.CosineAttention):
-    """Clamps the logit scale at a larger value than v2; only a scale beyond v2's limit reveals it."""
+    """Clamps the logit scale at a larger value than v2; the results differ only for a scale beyond v2's limit."""
 
     def scores(self, q, k):
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.logit_scale.clamp(max=5.0).exp()
 
 
 class ColumnsFirst(forms.ClassificationBlock):
-    """Numbers the tokens of a window column by column, whereas the bias table numbers them row by row."""
+    """Orders the tokens of a window column by column, whereas the bias table is for tokens in row-major order."""
 
     def attend(self, x, window, shift, mask):
         return super().attend(x.transpose(1, 2), window, shift, mask).transpose(1, 2).contiguous()
@@ -356,7 +356,7 @@ def test_what_is_not_a_published_form_is_refused(name):
 
 
 class PadsBefore(forms.SegmentationBlock):
-    """Pads before the map's tokens instead of after them; maps of whole windows do not reveal it."""
+    """Pads before the map's tokens instead of after them; on maps of whole windows the results are the same."""
 
     def padded(self, x, window, shift, mask):
         h, w = (-s % n for s, n in zip(x.shape[1:-1], window, strict=True))
@@ -461,7 +461,7 @@ def test_one_trial_for_blocks_of_a_kind(monkeypatch):
     blocks = [forms.ClassificationBlock(*SIZE, shift_size=s, drop_path=p) for s in (0, 2) for p in (0.1, 0.2)]
     assert len(swinkernels.accelerate(nn.ModuleList(blocks)).replaced) == 4
     assert len(trials) == 2
-    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # a short trial at its width
+    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # a short trial with 16 channels
     assert len(trials) == 2
     odd = forms.ClassificationBlock(*SIZE)
     odd.flag = True  # an attribute that forward might read
@@ -563,7 +563,7 @@ def test_changes_after_accelerate(monkeypatch):
 
 
 class Model(nn.Module):
-    """A model with a stage of fixed size, and a stage for which forward makes the mask at every call, as in mmseg."""
+    """A model with a stage of fixed size, and a stage whose mask forward computes at every call, as in mmseg."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

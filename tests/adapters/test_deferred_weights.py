@@ -1,4 +1,4 @@
-"""Tests that attention weights are computed only if they are read, and equal the weights from the module's own code."""
+"""Tests that attention weights are computed only if they are read, and equal those of the module's own code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def x() -> Tensor:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_models_switch_decides_at_every_call(training, attention_calls):
-    """While htsat_attn_heatmap is on, the model reads the weights of the second stage. It may be set at any time."""
+    """htsat_attn_heatmap, which makes the model read the attention weights of stage 2, may be set at any time."""
     plain, x = make_model("HTSAT").train(training), make_input("HTSAT")
     fast = copy.deepcopy(plain)
     swinkernels.accelerate(fast)
@@ -103,7 +103,7 @@ def test_weights_in_other_modes(mode, stages, x):
 
 @pytest.mark.parametrize("mode", ["compile", "export", "grad"])
 def test_weights_first_read_in_another_mode(mode, stages, x):
-    """The weights come from an eager call; the mode must not leave its own tensors in them."""
+    """Weights of an eager call that are first read in another mode hold no tensors of that mode afterwards."""
     plain, fast = stages
     expected = plain(x)[1].detach()
     with torch.set_grad_enabled(mode == "grad"):
@@ -192,7 +192,7 @@ def _dtype(stage: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize("change", [_scale_data, _load, _step, _settings, _dtype])
 def test_weights_are_those_of_the_call(change, stages, x):
-    """The stage may change between a call and the first operation that reads its weights."""
+    """The weights do not change if the stage changes between the call and the first operation that reads them."""
     plain, fast = stages
     expected = plain(x)[1].detach().clone()
     _, weights = fast(x)

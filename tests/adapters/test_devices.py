@@ -68,7 +68,7 @@ def test_the_librarys_own_code_runs_there(place, monkeypatch):
 
 
 def test_tensors_sharded_over_devices(tmp_path):
-    """The library's own code runs if inputs are DTensors, or if a weight is sharded by heads (on one device here)."""
+    """The library's own code runs if inputs are DTensors, or if a weight is sharded by heads (here on one device)."""
     if not distributed.is_gloo_available():
         pytest.skip("this build of torch has no gloo")
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor

@@ -155,7 +155,7 @@ def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attenti
     got, expected = fast(x), model(x)
     assert len(attention_calls) < FORMS[family][0] * CALLS.get(family, 1) or family == "torchvision Swin3D"
     assert torch.equal(got, expected) or torch.allclose(got, expected, rtol=1e-9, atol=ROUNDED.get(family, 1e-11))
-    if family != "torchvision Swin3D":  # whose own code reads the weights and calls no layer
+    if family != "torchvision Swin3D":  # its own code reads the weights and calls no layer
         assert not torch.allclose(expected, before, rtol=1e-6, atol=1e-9)
 
 
@@ -265,7 +265,7 @@ def test_auroras_roll_out_and_date_line(warped, step):
 
 
 def test_auroras_pad_tokens_come_from_the_layer_that_makes_the_others(monkeypatch):
-    """The mask hides pad tokens from a trial with small scores, but not from a model with large ones."""
+    """Masked pad tokens affect the output only if scores are large, which they are not in a trial."""
     forward = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda linear, x: forward(linear, x) * 3)
     model, x = model_of("Aurora"), make_input("Aurora")
@@ -317,7 +317,7 @@ def test_compile_fullgraph(family):
 
 @pytest.mark.parametrize("family", ["SCUNet", "timm SAM ViT", "Uformer", "copy"])
 def test_second_derivatives_behind_a_kernel(family, attention_calls):
-    """The gradients of a gradient penalty are right in float32, in which a kernel runs."""
+    """The gradients of a gradient penalty are correct in float32, where a kernel runs."""
     model, x = model_of(family), make_input(family)
     found = []
     for m in (model, accelerated(copy.deepcopy(model).float())):
@@ -430,7 +430,7 @@ def test_a_hook_of_all_modules_is_no_verdict():
 
 
 def test_timm_sams_drop_path_drops_windows(attention_calls):
-    """One call of the op computes all windows of a map, and drop path draws for each window, as in timm's own code."""
+    """One call of the op computes all windows of a map, and drop path drops individual windows, as in timm's code."""
     vit = pytest.importorskip("timm.models.vision_transformer_sam")
     torch.manual_seed(0)
     block = vit.Block(12, 3, window_size=4, use_rel_pos=True, drop_path=0.5).double().train()
@@ -563,7 +563,7 @@ def test_masks_in_float16():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # a kernel runs in float32
 @pytest.mark.parametrize("family", ["Uformer", "nnFormer's skips", "VRT"])
 def test_a_row_whose_mask_is_minus_infinity_everywhere_is_nan_as_in_the_own_code(family, dtype):
-    """Only the row itself and the gradients that depend on it are NaN."""
+    """Only the output of the masked row and the gradients that depend on it are NaN."""
     model = model_of(family).to(dtype)
     attn = model[0].attention_of_windows
     fast = accelerated(attn)

@@ -26,12 +26,12 @@ def no_grad() -> Iterator[None]:
 
 
 def mixed(out: Any) -> Any:
-    """Change a module's result in a way that a following norm does not undo."""
+    """Change ``out``, a module's result, in a way that a following norm does not undo."""
     return (out[0] + out[0].roll(1, -1), *out[1:]) if isinstance(out, tuple) else out + out.roll(1, -1)
 
 
 class Wrapper(nn.Module):
-    """Wraps a module and changes its result."""
+    """A wrapper that changes a module's result."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests the Linear layers of blocks in inference on a CPU: products are fused, or the modules are called."""
+"""Tests the Linear layers of blocks in inference on a CPU: their products are fused, or the modules are called."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_a_copied_mlp_that_computes_something_else_is_called(kind, monkeypatch):
 
 
 def test_a_copied_mlp_that_changed_since_its_trial_is_called():
-    """After accelerate, the class or the ``factor`` of the MLP changes; then the MLP itself is called."""
+    """If the class or the ``factor`` of the MLP changes after accelerate, the MLP itself is called."""
     model, x = make_model("copy for restoration"), make_input("copy for restoration")
     fast = accelerated(model)
     for m in (model, fast):

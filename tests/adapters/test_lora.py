@@ -90,7 +90,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def test_outputs_and_every_gradient(library: str, first: str) -> None:
     make, blocks = MODELS[library]
     model, shape = make()
-    randomise(model)  # makes the qkv bias, which pad tokens get, nonzero
+    randomise(model)  # makes the qkv bias, the value of pad tokens, nonzero
     fast = copy.deepcopy(model)
     calls, want = step(with_lora(model), shape)
     assert not calls

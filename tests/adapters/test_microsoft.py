@@ -66,7 +66,7 @@ def test_roll_and_windows(data):
 @every_backend
 @pytest.mark.parametrize("roll", [-3, 3, -9, 100, (0, -1), (-13, 7)])
 def test_around_a_kernel(backend, roll, plain_kernels):
-    """The kernels accept a shift of 0..size - 1, which may exceed the window, and are each other's derivatives."""
+    """The kernels accept a shift of 0..size - 1, which may exceed the window; each is the other's backward pass."""
     x = draw(2, 8, 12, 3).requires_grad_()
     arguments = (2, 8, 12, 3, roll, 4)
     windows = WindowProcess.apply(x, *arguments, backend=backend)
@@ -101,7 +101,7 @@ def test_any_dtype(dtype):
 
 
 def test_more_than_65535_windows():
-    """Any number of windows works. In the extension a CUDA grid's z axis, of at most 65,535 blocks, limits it."""
+    """Any number of windows works; the extension, with windows on the z axis of a CUDA grid, allows only 65,535."""
     x = torch.arange(2 * 2 * 65536).reshape(2, 2, 65536, 1)
     windows = WindowProcess.apply(x, 2, 2, 65536, 1, -1, 1)
     assert windows.shape == (2 * 2 * 65536, 1, 1, 1)
@@ -131,7 +131,7 @@ def test_twice_differentiable(backend, plain_kernels):
 
 
 def test_compile_fullgraph(plain_kernels):
-    """One graph, with its backward, serves all sizes and batches."""
+    """One compiled graph, with its backward pass, is used for all sizes and batches."""
 
     def there_and_back(x):
         b, h, w, c = x.shape
@@ -220,7 +220,7 @@ def test_backend_that_cannot_run(process, backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_in_a_cuda_graph(backend):
-    """Forward and backward are captured once and replayed with other values (bfloat16, rectangular map)."""
+    """Forward and backward are captured once and replayed with other input values (bfloat16, rectangular map)."""
     if _backends.unavailable(backend):
         pytest.skip(str(_backends.unavailable(backend)))
     b, h, w, c, shift, window = 700, 56, 84, 8, 3, 7  # 67,200 windows

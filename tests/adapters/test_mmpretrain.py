@@ -169,7 +169,7 @@ def test_drop_path_draws_the_same_in_checkpoints(version):
 
 @versions
 def test_attention_dropout_has_mmpretrains_mean_and_spread(version):
-    """Attention is linear in the dropped weights, so the mean over draws equals the result without dropout."""
+    """The output is linear in the attention weights, so its mean over dropout masks tends to that without dropout."""
     cfgs = {"block_cfgs": {"attn_cfgs": {"attn_drop": 0.3}}}
     attn = make_model(version, stage_cfgs=cfgs).double().stages[0].blocks[1].attn
     fast = accelerated(attn)
@@ -186,7 +186,7 @@ def test_attention_dropout_has_mmpretrains_mean_and_spread(version):
 
 
 def test_dropout_of_its_own_kind_follows_the_inner_module():
-    """Freezing sets inner modules to eval mode individually."""
+    """Attention dropout follows the mode of its own module, which freezing can set to eval mode individually."""
     attn = make_model(stage_cfgs={"block_cfgs": {"attn_cfgs": {"attn_drop": 0.5}}}).stages[0].blocks[1].attn
     fast, x = accelerated(attn).train(), torch.randn(1, 30, 16)
     assert not torch.equal(fast(x, (5, 6)), fast(x, (5, 6)))
@@ -444,7 +444,7 @@ def test_a_config_changes_only_the_type(version):
 
 
 def test_a_classifier_by_its_config():
-    """A config like mmpretrain's builds the classifier in mmpretrain's and in another library's scope."""
+    """A config in mmpretrain's style builds the classifier from mmpretrain's registry and mmengine's root registry."""
     text = f"""
 custom_imports = dict(imports=["swinkernels.integrations.mmpretrain"], allow_failed_imports=False)
 model = dict(
@@ -490,7 +490,7 @@ def test_what_a_backbone_does_not_know_is_refused():
 
 
 def test_a_drop_path_is_drawn_by_mmcv():
-    """The attention half of a block ends with mmcv's drop path, for the library's attention and for the op."""
+    """Accelerated attention ends with mmcv's drop path, as the library's own attention does."""
     attn = accelerated(make_model(drop_path_rate=0.5)).stages[1].blocks[1].attn.train()
     assert type(attn.drop) is DropPath
     assert attn.drop.drop_prob == 0.5

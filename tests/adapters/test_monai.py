@@ -38,7 +38,7 @@ REPLACED = {"BasicLayer": 4, "SwinTransformerBlock": 8, "PatchMerging": 4}
 
 
 def randomise(module: nn.Module) -> None:
-    """Move a module far from its initial state, so that bias, mask, pad tokens and norms all matter."""
+    """Draw parameters far from their initial values, so that bias, mask, pad tokens and norms all matter."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name.endswith("relative_position_bias_table"):
@@ -52,7 +52,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def make_encoder(axes: int = 3, window: int = 4, **options: Any) -> SwinTransformer:
-    """Make SwinUNETR's encoder with 12 channels."""
+    """Build SwinUNETR's encoder with 12 channels."""
     torch.manual_seed(0)
     options = {"depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24), **options}
     model = SwinTransformer(
@@ -219,7 +219,7 @@ def test_the_standard_mask_is_recognised_and_looked_at_once(monkeypatch):
 
 
 def test_a_stage_with_a_block_of_its_own_gets_its_mask():
-    """One block of the stage runs MONAI's code, which reads the mask."""
+    """A stage computes its mask if one of its blocks has a hook or runs MONAI's code, which reads the mask."""
     model = make_encoder(2).double()
     fast = accelerated(model)
     seen: list[Any] = []
@@ -305,7 +305,7 @@ def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
 
 
 class LegacyPatchMerging(PatchMerging):
-    """Merges patches in the order of MONAI up to 1.4: two neighbours occur twice and two never."""
+    """Patch merging in the order of MONAI up to 1.4, in which two neighbours occur twice and two are missing."""
 
     def forward(self, x):
         if x.dim() == 4:

@@ -1,4 +1,4 @@
-"""Tests a sample of the random edits of accelerated models that ``python -m tests.adapters.mutations`` makes."""
+"""Tests a sample of the random edits of accelerated models that ``python -m tests.adapters.mutations`` draws."""
 
 from __future__ import annotations
 

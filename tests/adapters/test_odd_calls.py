@@ -1,4 +1,4 @@
-"""Accelerated modules called with odd arguments return the library's results or raise, as the library's modules do."""
+"""Tests that accelerated modules called with odd arguments give the library's results, or raise if it raises."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _first_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
-    """Return the arguments of the model's call of one replaced module per class, by path."""
+    """Return the arguments with which the model calls one replaced module of each class, by path."""
     calls: dict[str, Call] = {}
     classes = {}
     for path, module in model.named_modules():

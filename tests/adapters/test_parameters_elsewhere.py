@@ -21,7 +21,7 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys(
 
 
 def replica(model: nn.Module) -> Any:
-    """Replicate a model as torch.nn.parallel.replicate does, but without a GPU."""
+    """Return a replica of ``model`` like those of torch.nn.parallel.replicate, which needs a GPU."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, twin in copies.items():
         twin._former_parameters = OrderedDict()

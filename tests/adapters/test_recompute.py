@@ -1,4 +1,4 @@
-"""Tests that accelerate(recompute=True) keeps training steps the same and saves fewer bytes for the backward pass."""
+"""Tests that accelerate(recompute=True) does not change training steps and saves fewer bytes for the backward pass."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.support.saved_bytes import kept_bytes
 from tests.support.small_models import Outputs, Swin, timm_swin, torchvision_swin, transformers_swin
 from tests.support.small_models import make_model as copies
 
-# Family -> its small model of three blocks, True if attention_half runs, the path of the first block, and the paths of
-# that block's parts.
+# Family -> builder of a small model of three blocks, whether attention_half runs, path of the first block, and paths of
+# the parts of that block.
 _OF_TIMM = {"fc1": "mlp.fc1", "act": "mlp.act", "drop": "mlp.drop1", "fc2": "mlp.fc2", "qkv": "attn.qkv"}
 _OF_TORCHVISION = {"fc1": "mlp.0", "act": "mlp.1", "drop": "mlp.2", "fc2": "mlp.3", "qkv": "attn.qkv"}
 FAMILIES: dict[str, tuple[Any, bool, str, dict[str, str]]] = {
@@ -83,7 +83,7 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.fixture
 def halves(monkeypatch) -> dict[str, list[Any]]:
-    """Collect the arguments of the calls of attention_half and mlp_half."""
+    """Record the keyword arguments of every call of attention_half and mlp_half."""
     calls: dict[str, list[Any]] = {"attention_half": [], "mlp_half": []}
 
     def observe(name: str) -> None:
@@ -108,7 +108,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_outputs_and_gradients(family, drop_path, training, halves):
-    """Drop paths draw the same random numbers as in the library."""
+    """Drop path draws the same random numbers as in the library's own code."""
     model, x = make_model(family, drop_path=drop_path).train(training), make_image(family=family)
     assert_same(step(accelerated(model), x), step(model, x))
     is_v1 = FAMILIES[family][1]
@@ -121,7 +121,7 @@ def test_the_same_outputs_and_gradients(family, drop_path, training, halves):
 
 
 def test_torchvision_swin3d(halves):
-    """Attention of another class is called as a module, and only the MLP half recomputes."""
+    """ShiftedWindowAttention3d is called as a module, and only the MLP half is recomputed."""
     video = pytest.importorskip("torchvision.models.video.swin_transformer", reason="torchvision is not installed")
     torch.manual_seed(0)
     model = video.SwinTransformer3d([2, 4, 4], 8, [2, 1], [1, 2], [2, 4, 4], stochastic_depth_prob=0.4, num_classes=3)
@@ -225,7 +225,7 @@ def subclass(of: Any) -> None:
 
 
 class Tagged(Tensor):
-    """Stands for a quantised weight, whose class computes the products; their results are plain tensors."""
+    """A stand-in for a quantised weight: a tensor subclass whose operations return plain tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -245,7 +245,7 @@ EDITS = [
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("timm v2-CR", "transformers Donut")])
 def test_blocks_changed_afterwards_run_as_before(family, edit, halves):
-    """Blocks are compared with recompute=False, because dropout after the projection draws its numbers for a map."""
+    """The expected results come from accelerate(recompute=False): libraries draw projection dropout in window order."""
     x = make_image(family=family)
     model, fast = accelerated(make_model(family), recompute=False), accelerated(make_model(family))
     *_, block, parts = FAMILIES[family]
@@ -299,7 +299,7 @@ def test_checkpointing(family, use_reentrant, halves):
 @pytest.mark.parametrize("counted", ["forward", "backward"])
 @pytest.mark.parametrize("family", ["timm", "timm v2"])
 def test_checkpointing_where_only_one_pass_is_counted(family, counted):
-    """The forward pass and its repetition in the backward pass save the same tensors, inside the mode and outside."""
+    """The forward pass and its recomputation save the same tensors if only one of them runs in a FlopCounterMode."""
     model, x = make_model(family), make_image(family=family)
     gradients = []
     for m in (model, accelerated(model)):

@@ -49,7 +49,7 @@ def test_a_window_that_set_input_size_makes_too_large():
 
 
 def test_windows_of_monai_that_a_map_makes_smaller(monkeypatch):
-    """Windows of 12x12x12 tokens are too large for the op, but on a map of 8x8x8 they shrink to 512 tokens."""
+    """Windows of 12x12x12 tokens are too large for the op; on an 8x8x8 map, MONAI clips them to 512 tokens."""
     pytest.importorskip("monai", reason="MONAI is not installed")
     from monai.networks.nets.swin_unetr import BasicLayer
 

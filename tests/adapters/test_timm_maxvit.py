@@ -147,7 +147,7 @@ def test_a_map_that_windows_do_not_divide_is_refused_as_timm_does(cls):
 
 @classes
 def test_training_draws_the_same_bias(cls):
-    """The position bias MLP has a Dropout, which draws the same numbers as in timm's own code."""
+    """The Dropout of the position bias MLP draws the same random numbers as in timm's own code."""
     block, x, results = make_block(cls, rel_pos_type="mlp").train(), make_map(cls), []
     for b in (block, accelerated(block)):
         torch.manual_seed(7)
@@ -180,7 +180,7 @@ def test_bfloat16(cls, autocast):
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Make two MaxViT blocks for 64x64 pixels: a 16x16 map with channels last, then an 8x8 map with channels first."""
+    """Build a MaxViT for 64x64 images, with one block on a 16x16 map and one block on an 8x8 map."""
     torch.manual_seed(0)
     cfg = MaxxVitCfg(
         embed_dim=(16, 16),

@@ -1,6 +1,6 @@
 """Tests accelerate on the norms, residual connections and patch merging of timm's Swin, v1 and v2.
 
-Their ops have kernels on GPUs only. The tests run the reference, or kernels in plain PyTorch.
+The ops have kernels for GPUs only. The tests run the reference, or stand-ins for the kernels in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ versions = pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
 
 
 class Calls(list):
-    """The recorded calls of the ops: name, dtypes of the tensors and other arguments, and the result."""
+    """The recorded op calls: name of the op, dtypes of its tensors and results, and keyword arguments."""
 
     def by_op(self) -> dict[str, int]:
         return dict(Counter(call["op"] for call in self))
@@ -88,7 +88,7 @@ def a_gpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the plain PyTorch backend of these ops raise an error if it is called."""
+    """Make the plain PyTorch backend raise an error if it is called for one of OPS."""
     for name in OPS:
         monkeypatch.setattr(fallback, name, None)
 
@@ -100,7 +100,7 @@ def accelerated(model: Any, backend: str = "reference") -> Any:
 
 
 def with_own_attention(model: Any) -> Any:
-    """Hook the blocks of a model so that timm's own attention runs on every backend."""
+    """Register hooks in ``model``'s attention, so that timm's own attention runs on every backend; return ``model``."""
     for module in model.modules():
         if isinstance(module, nn.Softmax):
             module.register_forward_hook(lambda *_: None)
@@ -227,8 +227,8 @@ def test_autocast_bfloat16(version, where, calls, request):
     assert calls.by_op() == (CALLS[version] if version == 2 else {"layer_norm": 4, **CALLS[version]})
     half = torch.bfloat16
     first, second = ([c for c in calls if c["op"] != "patch_merging"][i] for i in (0, -1))  # for stages 1 and 2
-    # The stream's dtype: autocast's convolution and v1's merging return bfloat16, norms return the dtype that autocast
-    # uses for them on the device.
+    # Dtype of the residual stream: under autocast, the convolution and v1's merging return bfloat16, and norms return
+    # the dtype that autocast uses for them on the device.
     wide = half if where == "cpu" else torch.float32
     assert {t for c in calls for t in c["dtypes"]} == {half, wide}
     if version == 1:
@@ -240,7 +240,7 @@ def test_autocast_bfloat16(version, where, calls, request):
 
 
 def test_autocast_leaves_an_mlp_that_it_does_not_know_its_dtype(calls):
-    """norm2 returns float32 for a float32 stream unless a Linear follows, which casts its input anyway."""
+    """norm2 returns float32 for a float32 residual stream, unless a Linear follows, which casts its input anyway."""
     stage = accelerated(make_model(depths=(4,), num_heads=(2,))).layers[0]
     dtypes = []
     for block, path in ((0, "mlp"), (1, "mlp"), (2, "mlp.fc1")):
@@ -261,7 +261,7 @@ def test_autocast_leaves_an_mlp_that_it_does_not_know_its_dtype(calls):
 
 @versions
 def test_a_branch_narrower_than_the_stream(version, calls):
-    """Without autocast the MLP's input and the sum have the wider dtype."""
+    """Without autocast, the MLP's input and the residual stream have the wider dtype."""
     plain = make_model(version).layers[0].blocks[0]
     fast = accelerated(plain)
     for block in (plain, fast):
@@ -445,7 +445,7 @@ def test_a_hook_on_an_inner_module_fires(version, where, kind, calls, monkeypatc
         assert f"Residual and norm: timm's own code; a hook is registered on {name}" in entry.remarks
     handle.remove()
     calls.clear()
-    monkeypatch.setattr(linear_layers, "fuses", lambda x: False)  # else the residual connection may be fused into it
+    monkeypatch.setattr(linear_layers, "fuses", lambda x: False)  # otherwise a Linear may add the residual
     with torch.no_grad():
         model(x)
     assert calls.by_op() == CALLS[version]
@@ -492,7 +492,7 @@ def replaced_forward(module: nn.Module) -> nn.Module:
     return module
 
 
-# Version; path of the replaced module in its stage; replacement; words of the report; number of op calls lost.
+# Version; path of the replaced module in its stage; replacement; text in the report; number of missing op calls.
 REPLACEMENTS: dict[str, tuple[int, str, Any, str, int]] = {
     "subclass of a norm": (
         1,

@@ -50,7 +50,7 @@ def test_outputs_and_every_gradient(options, dtype):
 
 @pytest.mark.parametrize("size", [(36, 52), (20, 28), (44, 24), (8, 8)], ids=str)
 def test_dynamic_image_size(size):
-    """The window keeps its size, even on smaller maps; the mask is that of the map's size."""
+    """The window size stays the same, even on smaller maps; the mask is computed for the size of the map."""
     model = make_model(dynamic_img_size=True).double()
     check_parity(model, make_image(model, size=size))
 
@@ -106,7 +106,7 @@ def test_one_frozen_parameter_leaves_the_other_gradients_as_they_were(frozen):
 
 
 def test_empty_batch():
-    """timm's block does not support an empty batch; its accelerated attention half does."""
+    """timm's block does not support an empty batch; the accelerated ``_attn`` does."""
     block = make_model().layers[0].blocks[1]
     swinkernels.accelerate(block)
     x = torch.zeros(0, *block.input_resolution, 16, requires_grad=True)
@@ -163,7 +163,7 @@ def test_attention_dropout_runs_in_training_and_not_in_eval():
 
 
 def test_attention_dropout_has_timms_mean():
-    """The attention half is linear in the dropped weights, so the mean over draws equals the result without dropout."""
+    """_attn is linear in the attention weights, so its mean over dropout masks tends to the result without dropout."""
     block = make_model(attn_drop_rate=0.3).double().layers[0].blocks[1]
     swinkernels.accelerate(block)
     x = torch.randn(1, *block.input_resolution, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -514,7 +514,7 @@ def test_an_attention_mask_of_the_users_own(when, how):
 
 
 def test_a_map_of_another_size_takes_timms_mask(monkeypatch):
-    """A block on a map that its stored mask does not fit behaves as in timm."""
+    """A block whose stored mask does not fit the map runs timm's own code."""
     block = make_model(img_size=(32, 64)).double().layers[0].blocks[1]  # an 8x16 map: 2x4 windows
     x = torch.randn(2, 16, 8, 16, dtype=torch.float64)
     expected = block(x)
@@ -618,7 +618,7 @@ def test_verify_finds_a_wrong_kernel_and_names_the_module(wrong, monkeypatch):
 
 @pytest.mark.parametrize(("error", "passes"), [(1e-7, True), (1e-3, False)])
 def test_a_gradient_that_is_zero_is_judged_by_the_size_of_others(error, passes):
-    """The gradient of a constant added to all scores, which softmax ignores, consists of rounding errors only."""
+    """Softmax ignores a constant added to all scores, so the gradient of such a constant is rounding error."""
     exact = torch.full((32,), 1e-17, dtype=torch.float64)
     got, plain = torch.full((32,), error), torch.zeros(32)
     if passes:
@@ -636,7 +636,7 @@ def test_verify_on_meta_says_that_there_are_no_values():
 
 
 def test_the_default_device_of_the_process_does_not_matter():
-    """torch.set_default_device has no effect on accelerate, even for "meta", on which tensors hold no values."""
+    """The default device has no effect on accelerate, even if it is "meta", where tensors hold no values."""
     model = make_model()
     with torch.device("meta"):
         assert len(swinkernels.accelerate(model, verify=True).replaced) == 4 + 1
@@ -725,7 +725,7 @@ def test_another_packages_linear_is_named_with_its_module():
 
 
 def test_a_stored_mask_is_compared_in_code_with_dynamic_sizes():
-    """dynamo treats the sizes of modules as dynamic if FSDP2 has sharded them."""
+    """Dynamo treats the integer attributes of a module as dynamic if FSDP2 has sharded the module."""
     torch.compiler.reset()
 
     def marked(mask, n):

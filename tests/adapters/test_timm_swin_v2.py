@@ -92,7 +92,7 @@ def test_set_input_size_before_and_after(settings, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_separate_qkv_bias(dtype):
-    """timm adds the bias after the product, which rounds once more in bfloat16; the accelerated model does the same."""
+    """timm adds the bias to a product already rounded to bfloat16; the accelerated model does the same."""
     model = make_model(2)
     for block in replaceable(model):
         if isinstance(block, SwinTransformerV2Block):
@@ -161,7 +161,7 @@ def test_projection_dropout():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_model(dtype):
-    # The maps consist of whole windows: in float16, timm's code divides 0 by 0 in padding.
+    # Windows divide these maps, because in float16 timm's code divides 0 by 0 in padded tokens.
     model = make_model(2, img_size=(32, 64)).to(dtype)
     fast, x = accelerated(model), make_image(model)
     exact = run(copy.deepcopy(model).double(), x.double())
@@ -232,7 +232,7 @@ HOOKED = ("attn", "attn.qkv", "attn.cpb_mlp", "attn.cpb_mlp.2", "attn.softmax", 
 
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks_inside_the_attention_fire_as_in_timm(kind):
-    """timm calls attn.qkv only if the layer has no biases."""
+    """With qkv_bias=True, timm reads the weight of attn.qkv and does not call the module."""
     for qkv_bias in (True, False):
         model = make_model(2, depths=(2,), num_heads=(2,), qkv_bias=qkv_bias).double()
         x = make_image(model).requires_grad_()

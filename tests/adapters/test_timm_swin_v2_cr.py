@@ -33,7 +33,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 
 
 def make_model(**options: Any) -> Any:
-    """Make a small model with random weights, because the residual branches of a new model return 0."""
+    """Build a small model and randomise its weights, because the residual branches of a new model return 0."""
     torch.manual_seed(0)
     defaults: dict[str, Any] = {"img_size": (36, 52), "window_size": 4, "embed_dim": 16, "depths": (2, 2)}
     defaults |= {"num_heads": (2, 4), "num_classes": 5}
@@ -47,7 +47,7 @@ def make_model(**options: Any) -> Any:
             elif name.endswith("meta_mlp.fc2.weight"):
                 p.normal_(std=0.1)
             elif name.endswith("meta_mlp.fc2.bias"):
-                p.normal_().requires_grad_(False)  # softmax ignores it: the gradient is only rounding error
+                p.normal_().requires_grad_(False)  # softmax ignores this bias: its gradient is only rounding error
             elif ".norm" in name and "stages." in name:
                 p.normal_(mean=float(name.endswith("weight")), std=0.2)
     return model
@@ -99,7 +99,7 @@ def test_set_input_size_before_and_after(settings, monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_draws_the_same_bias_and_drop_path(checkpointing):
-    """The position bias MLP has a Dropout, which draws the same numbers as in timm's own code."""
+    """The Dropout of the position bias MLP and drop path draw the same random numbers as in timm's own code."""
     model = make_model(drop_path_rate=0.3).double().train()
     fast = accelerated(model)
     fast.set_grad_checkpointing(checkpointing)

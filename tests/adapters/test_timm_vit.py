@@ -53,7 +53,7 @@ def accelerated(model: nn.Module, **kwargs: Any) -> Any:
 
 @pytest.fixture
 def op_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make torch's attention raise an error if it is called."""
+    """Make scaled_dot_product_attention raise an error if it is called."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
 
 

@@ -57,7 +57,7 @@ versions = pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
 
 
 def randomise(module: nn.Module) -> None:
-    """Move a module far from its initial state, so that bias, mask, scale, pads, norms and v2's k bias matter."""
+    """Randomise parameters of ``module`` so that bias, mask, scale, padding, norms and v2's k bias affect results."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name.endswith(("relative_position_bias_table", "qkv.bias")):
@@ -90,7 +90,7 @@ def make_map(*size: int, batch: int = 2, dtype: torch.dtype = torch.float64) -> 
 
 
 def make_block(version: int = 1, **options: Any) -> Any:
-    """Make a shifted block in float64."""
+    """Build a shifted block in float64."""
     return make_model(version, **options).features[1][1].double()
 
 
@@ -103,7 +103,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
-    """Compare the model with its accelerated copy; the reference is the model in float64."""
+    """Compare ``model`` and its accelerated copy with ``model`` in float64: outputs and gradients for ``x``."""
     exact = run(copy.deepcopy(model).double(), x.double())
     moved = None if x.dtype == torch.float64 else shaken(model, x, x.dtype)
     assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, moved)
@@ -239,7 +239,7 @@ def test_attention_dropout_in_training_and_not_in_eval(version):
 
 @versions
 def test_attention_dropout_has_torchvisions_mean_and_spread(version):
-    """Attention is linear in the dropped weights, so the mean over draws equals the result without dropout."""
+    """Attention is linear in its weights, so the mean over dropout masks tends to the result without dropout."""
     attn = make_block(version, attention_dropout=0.3).attn
     fast, x = accelerated(attn), make_map(5, 6, batch=1)
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_projection_dropout(version):
 
 @versions
 def test_gradient_checkpointing(version):
-    """Checkpointing around a block repeats its random draws."""
+    """The recomputation of a checkpointed block draws the same random numbers as its forward pass."""
     block = make_block(version)
     block.stochastic_depth = StochasticDepth(0.5, "row")
     block.train()
@@ -432,7 +432,7 @@ def test_geometry_is_read_at_every_call():
 
 
 def test_a_parametrized_layer_takes_part(monkeypatch):
-    """torchvision reads the layer's weights, including parametrised ones."""
+    """torchvision reads the weight of attn.qkv, parametrised or not, and does not call the module."""
     attn = make_block().attn
     parametrizations.weight_norm(attn.qkv)
     exact = run(attn, make_map())

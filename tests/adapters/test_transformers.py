@@ -57,12 +57,12 @@ ATTENTION = {
     "swin2sr": Swin2SRAttention,
     "clap": ClapAudioAttention,
 }
-# On one axis, the second stage's map is exactly one window long; the families treat this case differently.
+# Maps of 18x14 and 9x13 tokens, and of 9x7 and 5x7 in the second stage: windows of 4x4 need padding.
 SIZES = [(36, 28), (18, 26)]
 
 
 class Clap(nn.Module):
-    """The layers and merging of CLAP's audio encoder, on images; CLAP itself accepts spectrograms of one size."""
+    """Layers and patch merging of CLAP's audio encoder, for images of any size; CLAP itself requires a fixed size."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ clap = pytest.mark.parametrize("family", ["clap"])  # test_conformance.py tests 
 
 
 class Outputs(nn.Module):
-    """Converts the outputs of a transformers model to tensors; its parameters keep their names."""
+    """Wraps a transformers model, and returns a tuple of tensors in place of its output object."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def make_image(size: tuple[int, int] = SIZES[0], dtype: torch.dtype = torch.floa
 
 
 def size_for(family: str, size: tuple[int, int]) -> tuple[int, int]:
-    # Swin2SR accepts images of whole windows, and pads other images itself.
+    # Swin2SR itself pads images to whole windows; these sizes need no padding.
     return {SIZES[0]: (20, 12), SIZES[1]: (8, 16)}[size] if family == "swin2sr" else size
 
 
@@ -150,7 +150,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
 
 @pytest.fixture
 def kernels(as_on_a_gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Run norms, residual connections and merging on kernels in plain PyTorch, and record the ops called."""
+    """Replace the kernels of the memory-bound ops by plain PyTorch, and record the names of the ops called."""
     called: list[str] = []
 
     def recorded(name: str, op: Any) -> Any:
@@ -202,11 +202,11 @@ def test_without_bias_of_the_projections(family):
 
 
 @families
-@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" has norms and residual connections on ops
+@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" also runs norms and residuals on ops
 def test_training_draws_the_same_random_numbers(family, backend):
-    """Drop path draws the same random numbers as the library; dropout of tokens does not.
+    """Drop path and hidden dropout draw the same random numbers as in the library, except for Swin's hidden dropout.
 
-    For the dropout after attention, Swin draws numbers in window order, and the accelerated layer in map order.
+    After attention, Swin draws the dropout mask in window order, and the accelerated layer in map order.
     """
     options = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.0 if family == "swin" else 0.2}
     model = make_model(family, torch.float64, **options).train()
@@ -222,7 +222,7 @@ def test_training_draws_the_same_random_numbers(family, backend):
 
 @families
 def test_attention_dropout_has_the_right_mean(family):
-    """Draws differ from transformers', but attention is linear in the dropped weights, so the means agree."""
+    """Attention is linear in its weights, so the mean over dropout masks tends to the result without dropout."""
     model = accelerated(make_model(family, torch.float64, attention_probs_dropout_prob=0.3))
     layer = [m for m in model.modules() if isinstance(m, _layers._Layer)][1]
     x = torch.randn(1, 30, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -230,7 +230,7 @@ def test_attention_dropout_has_the_right_mean(family):
         exact = _layers.attended(layer, x, (5, 6))
         layer.train()
         if hasattr(layer.attention, "output"):
-            layer.attention.output.eval()  # a dropout of tokens with the same probability
+            layer.attention.output.eval()  # token dropout with the same probability
         torch.manual_seed(0)
         draws = _layers.attended(layer, x.expand(400, -1, -1), (5, 6))
     spread = draws.std(0)
@@ -245,7 +245,7 @@ def test_verify(family):
 
 @clap
 def test_norms_and_merging_on_kernels(family, kernels):
-    """The code path for a GPU runs on the CPU with kernels in plain PyTorch, also under autocast."""
+    """The GPU code path runs on the CPU, with plain PyTorch in place of the kernels, also under autocast."""
     model, x = make_model(family), make_image(size_for(family, SIZES[1]))
     exact = run(copy.deepcopy(model).double(), x.double())
     fast = accelerated(model)
@@ -261,7 +261,10 @@ def test_norms_and_merging_on_kernels(family, kernels):
 
 
 def test_maps_that_one_window_covers(monkeypatch):
-    """In Swin, Donut and CLAP small maps shrink windows permanently; transformers fails if their table does not fit."""
+    """A small map permanently shrinks the windows of Swin, Donut and CLAP.
+
+    If the bias table no longer fits the window, the library's own code and the accelerated model both raise an error.
+    """
     for family in ("swin", "donut", "clap"):
         model, small, large = make_model(family, torch.float64), make_image((16, 24)), make_image()
         fast = accelerated(model)

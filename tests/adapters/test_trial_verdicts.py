@@ -1,4 +1,4 @@
-"""Tests that a trial's verdict applies only to blocks with the same code and settings, not to changed blocks."""
+"""Tests that a trial's verdict applies only to blocks with the same code and settings, and only until they change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
-# Forward methods that give other results for many tokens
+# Forward methods that give different results for many tokens
 
 
 class OtherwiseAboveATokenCount(forms.MapBlock):
@@ -90,11 +90,11 @@ def test_a_map_of_more_tokens_than_a_number_in_the_code_is_tried():
     assert_same(fast(x), block(x))
 
 
-# Forward methods that give other results for a dtype or for many images
+# Forward methods that give different results in one dtype or for many images
 
 
 class Otherwise(forms.ClassificationBlock):
-    """A block whose output is 1.5 times the usual one for inputs for which ``differs`` is true."""
+    """A block that multiplies its output by 1.5 if ``differs`` returns True for the input."""
 
     differs: Any
 
@@ -144,7 +144,7 @@ class Settings:
 
 
 class Factor(forms.ClassificationBlock):
-    """A block that multiplies its result by a factor, which comes from a setting of any type."""
+    """A block that multiplies its output by a factor, which is read from ``setting``, an object of any type."""
 
     setting: Any
 
@@ -207,7 +207,7 @@ def test_a_verdict_is_not_shared_by_instances_that_differ_in_a_setting(kind, as_
 
 
 class Drifting(forms.ClassificationBlock):
-    """A block that adds the values of its attributes to its result; they are zero at first."""
+    """A block that adds the values of several attributes, initially 0, to its output."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -369,7 +369,7 @@ def test_the_checks_of_a_call_are_cheap():
     assert best < 6 * 2e-6
 
 
-# Forward methods that give other results only in training, or only on large maps
+# Forward methods that give different results only in training
 
 
 class DiffersInTraining(forms.ClassificationBlock):
@@ -455,7 +455,10 @@ def test_an_attention_that_leaves_something_behind_is_left_alone(attention, base
 
 
 class PassesItsDefault(forms.ClassificationBlock):
-    """nnFormer's form: calls its attention with pos_embed=None; the result is scaled, so it fits no form."""
+    """A block that passes pos_embed=None to its attention, as nnFormer does.
+
+    It scales the result, so it matches no known form of block.
+    """
 
     class attention(forms.WindowAttention):
         def forward(self, x: Tensor, mask: Tensor | None = None, pos_embed: Any = None) -> Tensor:
@@ -484,7 +487,7 @@ def test_an_argument_equal_to_its_default_passes(monkeypatch):
 
 
 class _Makes(OrderedDict):
-    """Creates items on access, as transformers' table of activations does."""
+    """A dict that calls its values on access, like transformers' table of activations."""
 
     def __getitem__(self, key):
         return super().__getitem__(key)()

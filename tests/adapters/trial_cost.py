@@ -1,10 +1,10 @@
-"""Measure the CPU time and memory of ``accelerate`` for models with copied blocks or known forms, which need trials.
+"""Measures the CPU time and memory of ``accelerate`` for models with copied blocks or known forms, which need trials.
 
     python -m tests.adapters.trial_cost [MODEL...] [--against CHECKOUT]
 
-Each model is accelerated in its own process. Its figures are the CPU time of all threads in ``accelerate`` and the
-growth of the peak resident memory. ``--against`` names another checkout, with its extension built; its ``accelerate``
-and this one are measured alternately, model by model.
+Each model is accelerated in its own process. The figures are the CPU time of all threads in ``accelerate`` and the
+growth of the peak resident memory. ``--against`` names another checkout, whose extension must be built. Each model is
+measured with this checkout's ``accelerate``, and then with the other's.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _swin3d() -> nn.Module:
 
 
 def _sam_b() -> nn.Module:
-    """Make layers of SAM-B: some with windows of 14 x 14, others with global attention over 64 x 64 tokens."""
+    """Build three layers of SAM-B: two with windows of 14 x 14 tokens, one with global attention."""
     from transformers import SamVisionConfig
     from transformers.models.sam.modeling_sam import SamVisionLayer
 
@@ -103,8 +103,8 @@ def measure_here(name: str) -> dict[str, Any]:
 
 
 def measure(name: str, checkout: Path = ROOT) -> dict[str, Any]:
-    """Measure one model in a new process, with the package of a checkout."""
-    # The checkout's package comes first on the path; the models are always those of this checkout.
+    """Measure the model ``name`` in a new process, with the package of ``checkout``."""
+    # swinkernels is imported from ``checkout``, and the models always from this checkout.
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import swinkernels; sys.path.insert(0, sys.argv[2]);"
         "from tests.adapters import trial_cost; print(json.dumps(trial_cost.measure_here(sys.argv[3])))"

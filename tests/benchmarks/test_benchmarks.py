@@ -1,4 +1,4 @@
-"""Tests that the peers agree with the reference, that the bytes moved are counted correctly, and the verdicts.
+"""Tests the benchmarks of ops: results of the peers, counts of moved bytes, and verdicts on goals.
 
 A goal without a measurement is reported as not measured.
 """
@@ -41,7 +41,10 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 def _triangle_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: None = None, scale: float | None = None
 ) -> Tensor:
-    """Compute cuEquivariance's documented formula, for q, k, v of (B, N, H, Q, D) and a bias of (B, 1, H, Q, K)."""
+    """Compute triangle attention by cuEquivariance's documented formula.
+
+    q, k and v are (B, N, H, Q, D), and bias is (B, 1, H, Q, K).
+    """
     batch, _, heads, n, d = q.shape
     assert bias.shape == (batch, 1, heads, n, n)
     scores = (d**-0.5 if scale is None else scale) * (q @ k.mT) + bias
@@ -333,7 +336,7 @@ def test_memory_bound_rows_on_the_cpu() -> None:
 
 
 def test_a_dropped_branch_has_a_gradient_of_its_own() -> None:
-    """Stream and branch of one dtype share one gradient tensor, unless drop path scales the branch."""
+    """A stream and a branch of the same dtype share one gradient tensor, unless drop path scales the branch."""
     case, pair = SMALL["2D"], memory_bound.PAIRS["bfloat16"]
     one_map = 2 * 6 * 9 * 16 * 2
     assert memory_bound.BENCHES["residual_layer_norm"].moved(case, pair) == (4 * one_map, 4 * one_map)
@@ -359,7 +362,7 @@ def test_backward_alone_is_the_gradient(op: str, backend: str, plain_kernels) ->
 
 
 def lines_of(step: str, directions: tuple[str, ...], *labels: tuple[str, str, str, str]) -> list[dict]:
-    """Return result lines in the form in which gpu/timing.py writes them."""
+    """Return result lines in gpu/timing.py's format, one for each of ``labels`` in each of ``directions``."""
     return [
         {"step": step, "op": op, "shape": shape, "dtype": dtype, "backend": backend, "direction": direction,
          "build": "shipped", "value": 100.0, "unit": "% of copy", "us": 5.0, "copy_us": 5.0, "result": "ok"}
@@ -376,7 +379,7 @@ def test_a_whole_run_settles_every_goal_of_an_op() -> None:
     of_attention += [("window_attention", shapes.GOAL, a, "cuda") for a in ("float16", "tf32")]
     of_maps = [(op, shape, "bfloat16", "cuda") for op in timing.MEMORY for shape in shapes.MAP_GOALS]
     lines = lines_of("time", timing.DIRECTIONS, *of_attention, *of_maps)
-    assert any(goal["verdict"] == "met" for goal in goals.of_lines(lines[:2]))  # the first lines decide a goal
+    assert any(goal["verdict"] == "met" for goal in goals.of_lines(lines[:2]))  # two lines suffice for a verdict
     peers = [("window_attention", s, "bfloat16", b) for s in goals.ATTENTION_GOALS for b in ("cuda", *attention.PEERS)]
     of_copies = [(op, s, "bfloat16", b) for op in (*goals.PEER_OPS, "patch_merging_gemm") for s in shapes.MAP_GOALS
                  for b in ("cuda", *memory_bound.PEERS)]  # fmt: skip
@@ -430,7 +433,7 @@ def test_table_and_percentiles() -> None:
 
 
 def test_variants_name_what_exists() -> None:
-    """Each variant sets a macro or attribute that the sources read; else it would time the shipped kernels again."""
+    """Each variant sets macros that the sources read; otherwise it would time the shipped kernels again."""
     kernels = commit.ROOT / "csrc/kernels/cuda"
     attention_traits = (kernels / "window_attention/traits.h").read_text()
     moving = (kernels / "window_partition/window_copy.cuh").read_text() + (kernels / "layer_norm/traits.h").read_text()
@@ -460,7 +463,7 @@ def test_triton_variants_change_the_tuning(name: str) -> None:
 
 
 def test_host_cost_counts_the_calling_thread() -> None:
-    """CPU time of other threads is part of the process's time, not of the thread's; waiting is part of neither."""
+    """The process time includes the CPU time of other threads, the thread time does not; neither includes waiting."""
 
     def busy(seconds: float) -> None:
         end = time.thread_time() + seconds

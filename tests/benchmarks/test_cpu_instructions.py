@@ -71,7 +71,7 @@ def test_own_costs_leave_out_calls():
 def test_innermost_loops():
     texts = {0: "mov", 1: "add", 2: "vfmadd", 3: "vmul", 4: "jne    2 <f+0x2>", 5: "cmp", 6: "jl     1 <f+0x1>"}
     texts |= {7: "jmp    a <f+0xa>", 8: "sub", 9: "jne    8 <f+0x8>", 10: "jmp    900 <g>", 11: "ret"}
-    # The loops are 2..4 within 1..6, and 8..9; forward jumps and jumps out of the function are not loops.
+    # There are three loops: 2..4, nested in 1..6, and 8..9. Forward jumps and jumps out of the function form no loops.
     assert cpu_instructions.innermost_loops(list(texts.items())) == [3, 2]
 
 

@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(_not_there() is not None, reason=str(_not_th
 
 
 def _block(listing: str, threads: int = 32, parameters: bytes = b"", memory: sass.Memory | None = None) -> sass.Block:
-    """Run one block of code in the format of cuobjdump's output."""
+    """Run ``listing``, in cuobjdump's syntax, on one block of ``threads`` threads, and return the block."""
     lines = [line for line in textwrap.dedent(listing).strip().splitlines() if line]
     text = "\n".join(f"        /*{16 * i:04x}*/   {line} ;" for i, line in enumerate(lines))
     code = sass.parse(f"\t\tFunction : kernel\n{text}")["kernel"]
@@ -132,7 +132,7 @@ def test_sixty_four_bits_by_carries() -> None:
 
 
 def test_matrix_products_and_their_copies() -> None:
-    """cp.async, ldmatrix with and without transposing, and mma with float sums multiply matrices as numpy does."""
+    """cp.async, ldmatrix with and without transposition, and mma with float32 accumulators give numpy's product."""
     memory = sass.Memory()
     values = np.random.default_rng(0).integers(-4, 5, (2, 16, 8)).astype(np.float32)
     halves = values.astype(np.float16)
@@ -168,7 +168,7 @@ def test_matrix_products_and_their_copies() -> None:
 
 
 def test_what_a_predicate_switches_off_has_no_address() -> None:
-    """An instruction that its predicate disables is issued and counted; its address register may contain any value."""
+    """An instruction with a false predicate is issued and counted; its address register may contain any value."""
     block = _block("MOV R1, 0x3eb4d23a\n@!PT STSM.16.M88.4 [R1], R4\n@!PT LDSM.16.M88.4 R4, [R1]\nEXIT")
     assert block.warps[0].counts.tolist() == [1, 1, 1, 1]
     assert block.warps[0].passes.tolist() == [0, 0, 0, 0]
@@ -218,7 +218,7 @@ def test_blocks_per_multiprocessor() -> None:
 
 
 def test_committed_counts() -> None:
-    """The columns that other code reads come first, and every architecture has the hot cases."""
+    """The columns read by other code come first, and every architecture has rows for the hot cases."""
     rows = instructions.read(instructions.BASELINE)
     named = "arch,kernel,case,per_window_head,registers,shared_bytes,warps_per_sm,compiler,commit"
     assert ",".join(rows[0]).startswith(named)
@@ -241,7 +241,7 @@ def _from_bits(x: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_90"])
 def test_what_is_executed_is_attention(arch: str) -> None:
-    """The counted code, executed on data, gives the reference's output and gradients, so the right code is counted."""
+    """Executed on data, the counted code computes the reference's output and gradients: the right code is counted."""
     forward = instructions.Case("fwd", (7, 7), lse=True)
     backward = instructions.Case("bwd", (7, 7))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tests the benchmarks of whole models and of scaling: comparisons, verdicts, and formulas against counted work."""
+"""Tests the benchmarks of whole models and of scaling: comparisons, verdicts, and formulas for operation counts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_model(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Add a timm Swin with two stages for 32 x 32 pixels, and one of its blocks, to the benchmarks' tables."""
+    """Add a small timm Swin and one of its blocks to the benchmarks' cases; return the name of the model."""
     timm = pytest.importorskip("timm")
     swin = timm.models.swin_transformer.SwinTransformer
     build = functools.partial(swin, img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2))
@@ -55,7 +55,7 @@ def benchmark(name: str, **options: Any) -> dict[tuple[str, str], dict]:
 
 @pytest.mark.parametrize("how", ["", "compiled", "graphs"])
 def test_a_training_step_is_compiled_into_cuda_graphs_by_name(small_model, how, monkeypatch) -> None:
-    """Forward and backward run inside the compiled module, which "graphs" compiles for replays."""
+    """The forward and backward passes run in the compiled module; "graphs" compiles it with reduce-overhead."""
     options: list[dict[str, Any]] = []
 
     def compiled(module: nn.Module, **given: Any) -> nn.Module:
@@ -157,7 +157,7 @@ def test_one_that_fails_does_not_cost_the_others(small_model: str, monkeypatch: 
 
 
 def test_no_contestant_runs_eagerly_for_want_of_compilations(small_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more compiled contestants than dynamo's limit, each is compiled or reported as failed."""
+    """Each contestant is compiled, even if there are more of them than dynamo's recompile limit."""
     compiled = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Any:
@@ -237,7 +237,7 @@ def test_a_whole_run_settles_every_goal_of_models() -> None:
 
 
 def counted(function: Any, *args: Tensor) -> int:
-    """Return the multiply-adds of the matrix products that a function calls."""
+    """Return the number of multiply-adds in the matrix products of ``function(*args)``."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function(*args)
     return counter.get_total_flops() // 2
@@ -266,7 +266,7 @@ def test_formulas_of_the_paper_by_hand() -> None:
     "case", [WindowAttentionCase(2, (5, 6), 2, 8, 4, 2), WindowAttentionCase(1, (4, 4, 6), 3, 4, 2)]
 )
 def test_flops_of_the_core_count_the_products(case: WindowAttentionCase) -> None:
-    """The formula counts the products over the padded map in the forward pass."""
+    """core_flops counts the matrix products over the padded map."""
     qkv = case.inputs(torch.float64)["qkv"]
     found = counted(lambda x: reference.window_attention_qkvpacked(x, **case.arguments()), qkv)
     assert 2 * found == formulas.core_flops(case)["fwd"]
@@ -298,7 +298,7 @@ def test_noise_is_a_spread_of_over_a_tenth() -> None:
     ],
 )
 def test_noisy_times_are_measured_again(spreads: list[tuple[int, ...]], measured: int, kept: int) -> None:
-    """All contestants are measured again together, and all times of one measurement are kept."""
+    """A noisy measurement is repeated for all contestants, and the times of one measurement are returned."""
     runs = [
         {f"{i}": Timing(100.0 + n, 100.0, 100.0 + width) for i, width in enumerate(of_run)}
         for n, of_run in enumerate(spreads)
@@ -309,7 +309,7 @@ def test_noisy_times_are_measured_again(spreads: list[tuple[int, ...]], measured
 
 
 def test_a_cpu_timer_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of three measurements contain slow calls, so the third is kept; a call advances this clock by one second."""
+    """Two of three measurements contain slow calls, so the third is kept. A fast call takes 1 s of the fake clock."""
     now, slow = [0.0], [0] * 4 + [9, 0] * 4 + [0] * 5
 
     def call(i: int) -> None:

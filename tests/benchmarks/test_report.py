@@ -56,14 +56,14 @@ def test_a_run_writes_rows_tables_and_pictures(small_shape: str, tmp_path: Path,
         assert row["seed"] == str(record.SEED)
         assert all(row[key] for key in ("device", "torch", "commit", "date", "ceiling_gb_per_s"))
     out = capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "a").glob("*.png")] == ["roofline.png"]  # no kernel of ours ran
+    assert [path.name for path in (tmp_path / "a").glob("*.png")] == ["roofline.png"]  # no kernel of this package ran
     assert "4 rows in" in out
     assert "report.md" in out
     assert "| window_attention | b1-6x9-h2x8-w3-s1-table" in (tmp_path / "a" / "report.md").read_text()
 
 
 def test_a_baseline_that_is_ours_is_drawn(small_shape: str, tmp_path: Path) -> None:
-    """A speed-up needs the time of one of this package's kernels, which the installation may lack."""
+    """The chart of speed-ups needs a time of one of this package's kernels, so the extension must be built."""
     if "cpu" not in command.attention.contestants(CPU, ()):
         pytest.skip("the extension is not built")
     assert command.main([*OPS, "cpu", "--out", str(tmp_path)]) == 0
@@ -256,7 +256,7 @@ def test_files_without_anything_in_common_are_not_compared(tmp_path: Path, capsy
 
 
 def run_of_everything() -> list[dict]:
-    """Return rows of every suite in the form that a run writes."""
+    """Return rows of every suite, as a run writes them."""
     rows = [
         row(name, us, direction=direction)
         for name, us in (("cpu", 100.0), ("reference", 800.0), ("eager", 400.0), ("sdpa", 50.0))
@@ -302,7 +302,7 @@ def test_a_noisy_time_is_marked() -> None:
 
 
 def test_headline_compares_with_the_fastest_other_contestant() -> None:
-    """The headline covers two shapes, in both directions; wrong peers and our slower kernels do not count."""
+    """The headline is the median over the shapes; contestants with wrong results do not count."""
     rows = [
         row("cpu", 100.0), row("reference", 250.0), row("sdpa", 400.0),
         row("eager", 10.0, result="wrong", shape="other"), row("reference", 800.0, shape="other"),
@@ -376,7 +376,7 @@ def test_a_readme_without_its_marks_is_left_alone() -> None:
 
 
 def test_committed_pages_are_those_of_the_committed_rows() -> None:
-    """The committed pages equal those generated from the files: no number is typed by hand."""
+    """The committed pages equal the pages generated from the CSV files, so no number in them is typed by hand."""
     runs, on_gpus = report.read(report.RESULTS), gpu_page.read(report.RESULTS)
     assert (commit.ROOT / report.PAGE).read_text() == report.page_text(runs)
     assert (commit.ROOT / gpu_page.PAGE).read_text() == gpu_page.page_text(on_gpus)

@@ -2,8 +2,8 @@
 
     python -m tests.cpu.random_cases --cases 100000
 
-A seed and a number determine a call: the case, the dtype, the form of the op, the memory layout of every tensor and the
-requested gradients. A call outside the budget prints the command that repeats it on its own.
+A seed and an index determine a call: the case, the dtype, the form of the op, the memory layout of every tensor and the
+requested gradients. If a call exceeds the budget, the command that repeats this call alone is printed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.support.attention_cases import MIN_ELEMENTS, draw_case, elements
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (*range(1, 41), 8, 16, 24, 32, 32, 48, 64, 96, 127, 128)
 PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head_dim)", "q, k, v")
-# For each kind: longest window per axis, most tokens per axis beyond two windows, most scores or elements.
+# Kind -> longest side of a window, most tokens per axis beyond two windows, most scores or elements.
 KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
 LONG = 64  # long windows have more tokens than this, and so several blocks of queries
 MIN_ROWS = 32  # with fewer rows of a head, the rounding of single scores does not average out in float32
@@ -41,7 +41,7 @@ TABLES = (*WIDE, "pad_qkv", "region_map")
 
 @dataclass(frozen=True)
 class Layout:
-    """The memory layout of a tensor. Memory around and between its elements is NaN."""
+    """The memory layout of a tensor. The memory around and between its elements is filled with NaN."""
 
     offset: int
     order: tuple[int, ...]  # the axes, slowest first
@@ -57,7 +57,7 @@ class Layout:
         return cls(rng.choice((0, 1, 2, 3, 5)), order, gaps)
 
     def place(self, x: Tensor) -> Tensor:
-        """Copy x to memory that ends with the last element of x."""
+        """Return a copy of ``x`` with this layout, in memory that ends with the last element of the copy."""
         if x.numel() == 0:
             return x.clone()
         strides, stride = [0] * x.dim(), 1
@@ -82,7 +82,7 @@ class _Placed(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the op in one of its forms."""
+    """A call of window_attention_qkvpacked or, for the form with separate q, k and v, of window_attention."""
 
     case: Case
     dtype: torch.dtype
@@ -117,7 +117,7 @@ class Call:
         return out
 
     def check(self) -> dict[str, Judged]:
-        """Check the results; raise AssertionError if one is outside the budget."""
+        """Compare the results with the reference; return the errors, or raise AssertionError if one is too large."""
         _, judged = judge_window_attention(
             self, self.case, self.dtype, seed=self.seed, constant=self.constant, sums_in_float32=True
         )
@@ -156,7 +156,7 @@ def _draw_case(rng: random.Random) -> Case:
 
 
 def draw_call(seed: int, number: int) -> Call:
-    """Draw the call with this number from a seed."""
+    """Draw the call with index ``number`` of ``seed``."""
     rng = random.Random(f"{seed} {number}")
     case = _draw_case(rng)
     rank = len(case.size)
@@ -179,7 +179,7 @@ def draw_call(seed: int, number: int) -> Call:
 
 @dataclass
 class Worst:
-    """The largest errors of one result in one dtype, each with the number of its call."""
+    """The largest errors of one result in one dtype, each with the index of its call."""
 
     results: int = 0
     rms_eps: float = 0.0
@@ -196,7 +196,10 @@ class Worst:
 
 
 def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[list[str], dict[tuple[str, str], Worst]]:
-    """Return the commands that repeat the failed calls, and the worst errors by dtype and result."""
+    """Run the calls with indices ``numbers``; return the commands that repeat failed calls, and the worst errors.
+
+    The worst errors are given by dtype and name of the result.
+    """
     failures, worst = [], {}
     for number in numbers:
         call = draw_call(seed, number)
@@ -219,7 +222,7 @@ def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[l
 def write_record(
     path: Path, seed: int, first: int, calls: int, failed: int, worst: dict[tuple[str, str], Worst]
 ) -> None:
-    """Write the worst errors of these calls, merged with the file's errors of earlier calls."""
+    """Write the worst errors of ``calls`` calls from index ``first`` on, merged with the errors of earlier calls."""
     from benchmarks import record  # slow to import under a sanitizer, and not needed there
 
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Worst)}
@@ -248,8 +251,8 @@ def write_record(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cpu.random_cases", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0, help="number of the first call")
-    parser.add_argument("--only", type=int, help="number of the only call to make")
+    parser.add_argument("--first", type=int, default=0, help="index of the first call")
+    parser.add_argument("--only", type=int, help="index of the only call to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compare", action="store_true", help="only run the kernels, for a sanitizer")
     parser.add_argument("--record", type=Path, help="a CSV file to which to add the worst errors")

@@ -1,4 +1,4 @@
-"""Tests a sample of the random calls, and that calls are repeatable, cover every argument, and are checked."""
+"""Runs a sample of the random calls, and tests that calls are repeatable, cover every argument, and are checked."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_tensor_is_placed_as_its_layout_says():
 
 @needs_kernels
 def test_a_failure_prints_the_command_that_repeats_it(monkeypatch):
-    """The output is one percent too large, which fails in every dtype."""
+    """An output that is one percent too large exceeds the budget in every dtype."""
     attention = random_cases.swinkernels.window_attention
     monkeypatch.setattr(
         random_cases.swinkernels, "window_attention", lambda *a, **options: 1.01 * attention(*a, **options)

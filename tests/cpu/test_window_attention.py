@@ -28,7 +28,7 @@ def packed(*args, **arguments):
 
 
 def separate(qkv, bias_table=None, *, num_heads, **arguments):
-    """Call the separate form through the packed form's interface: q, k and v are strided views of qkv."""
+    """Call window_attention with q, k and v as strided views of ``qkv``."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
     return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments, backend="cpu")
 
@@ -81,7 +81,7 @@ GEOMETRIES = [
     Case(1, (4, 6, 6), 1, 8, (4, 3, 3), (0, 1, 1), options={"table_window": (8, 7, 7)}),
     Case(1, (4, 6, 6), 1, 8, (2, 3, 3), (1, 1, 1), options={"periodic": (False, False, True)}),
 ]
-COSINE = [  # v2; the first head's factor is clamped
+COSINE = [  # v2; the first head's logit scale is clamped
     *(
         Case(1, (9, 13), 3, head_dim, (4, 5), (2, 1), has_pad_qkv=True, has_logit_scale=True)
         for head_dim in (1, 4, 10, 30, 32, 48)
@@ -101,7 +101,7 @@ DENSE = [
     Case(1, (14, 21), 3, 32, 7, 3, has_table=False, bias_types=0),
     Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_table=False, has_pad_qkv=True, has_logit_scale=True, bias_types=0),
     Case(1, (16, 16), 3, 32, 8, 4, has_table=False, has_logit_scale=True, bias_types=0),
-    Case(1, (18, 36), 6, 8, 18, 9, has_table=False, bias_types=0),  # too many heads to cache all of them
+    Case(1, (18, 36), 6, 8, 18, 9, has_table=False, bias_types=0),  # too many heads to cache the biases of all
     Case(2, (5, 6, 7), 2, 8, (2, 3, 4), (1, 1, 2), has_table=False, has_pad_qkv=True, bias_types=0),
     Case(2, (5, 6, 7), 2, 8, (2, 3, 4), (1, 1, 2), has_table=False, has_pad_qkv=True, bias_types=3),
     Case(3, (8, 16), 2, 16, 4, 2, has_table=False, bias_types=8),
@@ -147,7 +147,7 @@ def test_many_windows_with_a_dense_bias(types):
 
 
 def embedded(x: torch.Tensor) -> torch.Tensor:
-    """Embed x in a larger tensor, at an address without vector alignment, with its axes permuted."""
+    """Return a copy of ``x`` as a view of a larger tensor: not aligned to vectors, and with permuted axes."""
     b, h, *others, c = x.shape
     storage = torch.full((h, b, *(n + 1 for n in others), 2 * c + 3), math.nan)
     view = storage.to(x.dtype).transpose(0, 1)[(slice(None),) * 2 + (slice(1, None),) * len(others)][..., 1 : 1 + c]
@@ -173,7 +173,7 @@ def test_strides():
     assert torch.equal(dqkv, dense["dqkv"])
 
     parts = [embedded(x).unflatten(-1, (2, 12)).requires_grad_() for x in inputs["qkv"].chunk(3, dim=-1)]
-    # q, k and v may have different layouts, and a table's rows may have gaps.
+    # q, k and v may have different layouts, and the bias table may be transposed.
     parts[1] = torch.nn.functional.pad(parts[1].detach(), (0, 4))[..., :12].requires_grad_()
     table = inputs["bias_table"].t().contiguous().t()
     out = swinkernels.window_attention(*parts, table, **case.arguments(), backend="cpu")
@@ -236,7 +236,7 @@ def test_empty_batch():
 
 
 def test_logit_scale_at_the_clamp():
-    """ln 100 rounded to float32 is above ln 100, so it gets no gradient, as in torch.clamp."""
+    """ln 100 rounded to float32 exceeds ln 100, so a logit scale of this value gets no gradient, as in torch.clamp."""
     case = Case(1, (8, 8), 3, 16, 4, 2, has_logit_scale=True)
     inputs = case.inputs(torch.float32)
     bound = torch.tensor(math.log(100.0))
@@ -306,7 +306,7 @@ def test_nan_stays_in_its_window(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding(dtype):
-    """With one token per window the output is v, for every float of the format, including infinities and subnormals."""
+    """With one token per window, the output is v, for all numbers of the dtype, including infinities and subnormals."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(dtype)
     values = values[~values.isnan()]

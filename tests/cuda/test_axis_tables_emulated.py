@@ -1,6 +1,4 @@
-"""The CUDA kernels for decomposed relative positions (``axis_tables``), run on the CPU by the emulator, against the
-float64 reference.
-"""
+"""Tests the emulated CUDA kernels for decomposed relative positions (``axis_tables``) against the float64 reference."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(library, name, dtype):
-    """The gradient of a table with one row is zero, a sum of terms that cancel."""
+    """The gradient of a table of one row is a sum of terms that cancel to zero."""
     has_one_row = 1 in CASES[name].window_tuple
     check_window_attention(library.window_attention_qkvpacked, CASES[name], dtype, cancels=has_one_row)
 
@@ -75,7 +73,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 @pytest.mark.parametrize("window", [(7, 7), (8, 8), (4, 16), (14, 14)], ids=str)
 def test_little_shared_memory(library, window):
-    """With 99 KB per block, four rows of warps do not fit, and two would be too few to find a window's tokens."""
+    """Four rows of warps need more than 99 KB, and two strips of two rows would have too few to find the tokens."""
     library.configure(shared_bytes=99 * 1024)
     case = Case(1, tuple(2 * w for w in window), 1, 16, window, 1)
     check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16)
@@ -83,7 +81,7 @@ def test_little_shared_memory(library, window):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tables_of_more_digits_than_the_maps(library, dtype):
-    """The products with the tables reach 100. Rounded to 16 bits once, they would be off by up to 0.2 in bfloat16.
+    """The products of queries and tables reach 100; a single rounding to bfloat16 would change them by up to 0.2.
 
     The gradient of q is left out: its terms cancel, because a row of dS sums to zero.
     """
@@ -97,7 +95,7 @@ def test_tables_of_more_digits_than_the_maps(library, dtype):
 
 @pytest.mark.parametrize(("table", "query"), [(18, -14), (-16, 13)])
 def test_tables_beyond_float16(library, table, query):
-    """Tables times 2 ** table are too large or too small for float16; queries times 2 ** query balance them."""
+    """Tables scaled by 2 ** ``table`` are outside float16's range; queries scaled by 2 ** ``query`` compensate."""
     case = Case(1, (9, 12), 1, 16, (9, 12), options={"scale": 2.0 ** (-2 - query)})
     inputs = case.inputs(torch.float16)
     q, k, v = inputs["qkv"].chunk(3, -1)
@@ -139,7 +137,7 @@ def test_what_is_not_finite_stays_in_its_window(library):
     ids=str,
 )
 def test_other_calls_are_refused(library, case):
-    """The support check refuses these calls with a reason; the launch functions refuse them, too."""
+    """The launch functions also refuse the calls that the support check refuses with a reason."""
     with pytest.raises(RuntimeError):
         run_case(library.window_attention_qkvpacked, case.inputs(torch.bfloat16), case.arguments())
 
@@ -204,7 +202,7 @@ assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
     "script", [_IRREGULAR, _ODD_ADDRESS], ids=["gaps between rows of tokens", "odd address of tables"]
 )
 def test_the_bindings_copy_what_the_kernels_cannot_read(script):
-    """The kernels need maps whose tokens lie one stride apart, and read two entries of a table at once."""
+    """The kernels need a constant stride between the tokens of a map, and tables aligned to 8 bytes."""
     from tests.emulation import bindings
 
     done = subprocess.run([sys.executable, "-c", script], env=bindings.environment(), capture_output=True, text=True)
@@ -212,7 +210,7 @@ def test_the_bindings_copy_what_the_kernels_cannot_read(script):
 
 
 def _assert_near(got, case, inputs, most):
-    """Compare with float64: RMS errors may be ``most`` times the epsilon of the maps' dtype."""
+    """Check that relative RMS errors against float64 are at most ``most`` times the epsilon of the maps' dtype."""
     eps = torch.finfo(inputs["qkv"].dtype).eps
     wide = {name: x.double() for name, x in inputs.items()}
     for name, x in run_case(reference.window_attention_qkvpacked, wide, case.arguments()).items():

@@ -1,4 +1,4 @@
-"""Tests that the emulator for CUDA kernels computes instructions correctly and detects mistakes."""
+"""Tests that the emulator for CUDA kernels executes instructions correctly and detects mistakes in kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emul
 
 @pytest.fixture(params=[0, 1, 2])
 def library(request: pytest.FixtureRequest) -> emulation.Library:
-    """Return the emulator's library, once for each of several schedules."""
+    """Return the library of the emulator's self-test, once for each of three schedules."""
     built = emulation.self_test_library()
     built.configure(seed=request.param)
     return built
@@ -105,7 +105,7 @@ def _run_async(library, rows, wait, barrier):
     x = library.copy(torch.randn(rows, 256, generator=torch.Generator().manual_seed(0)))
     y = library.empty((rows, 256), torch.float32)
     library.check(library.functions.self_async(*_pointers(x, y), rows, wait, barrier))
-    x[:, -4:] = 0  # the kernel fills these with zeros instead of reading x
+    x[:, -4:] = 0  # here, the kernel writes zeros instead of reading x
     return x, y
 
 

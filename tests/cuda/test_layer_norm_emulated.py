@@ -51,13 +51,13 @@ MERGING = [
     merging(1, 3, 4, 128),
     merging(1, 1, 5, 384),
 ]
-# Every order of neighbours, in 2D, frame by frame in 3D, and in full 3D.
+# Every order of neighbours: in 2D, in 3D without merging along the first axis, and in full 3D.
 ORDERS = [
     merging(*shape, factor=factor, order=order)
     for order in MERGING_ORDERS
     for shape, factor in (((1, 5, 6, 24), (1, 2, 2)), ((1, 3, 4, 5, 8), (1, 2, 2)), ((2, 3, 4, 5, 12), (2, 2, 2)))
 ]
-# Some neighbours occur several times, and their dx is a sum; others never occur, and their dx is zero.
+# Orders that repeat some neighbours, whose dx is a sum, and omit others, whose dx is zero.
 REPEATED = [
     merging(1, 3, 4, 3, 3, factor=(2, 2, 2), order="monai_legacy"),
     merging(2, 3, 5, 16, order=(3, 3, 3, 3)),
@@ -221,7 +221,7 @@ def test_any_number_of_multiprocessors(library, case, multiprocessors):
 
 @pytest.mark.parametrize("case", [merging(3, 24, 24, 8), plain(600, 24)], ids=str)
 def test_only_gradients_of_parameters_depend_on_the_number_of_multiprocessors(library, case):
-    """Gradients of parameters are sums over blocks, as docs/numerics.md states."""
+    """Gradients of parameters are sums over blocks, whose number depends on the GPU (docs/numerics.md)."""
     inputs = case.inputs()
     results = []
     for multiprocessors in (1, 3, 100):

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNAVAILABLE is not None, reaso
 DEVICE = "cuda"
 OPS = torch.ops.swinkernels
 
-# The calls of models at the sizes that have a speed goal, with smaller batches.
+# Calls of published models at the sizes with a speed goal, with smaller batches.
 MODELS = [
     NormCase("patch_merging_norm", (4, 56, 56, 96), factor=(1, 2, 2)),
     NormCase("patch_merging_norm", (4, 28, 28, 192), factor=(1, 2, 2)),
@@ -86,7 +86,7 @@ def test_same_input_same_bits(case: NormCase) -> None:
 
 
 def spread(x: Tensor) -> Tensor:
-    """Copy x to memory that is neither contiguous nor aligned."""
+    """Return a copy of ``x`` that is neither contiguous nor aligned."""
     memory = x.new_empty(2 * x.numel() + 1)
     view = memory[1:].view(*x.shape, 2)[..., 0]
     return view.copy_(x)
@@ -131,7 +131,7 @@ def test_opcheck(case: NormCase) -> None:
         torch.library.opcheck(getattr(OPS, name).default, args)
 
 
-# The public functions, each with its tensors that get a gradient.
+# The public functions, each with its tensor arguments, which all get a gradient.
 def draw(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
@@ -175,7 +175,7 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
 
 
 def run_public(name: str, inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
-    """Return the results and the gradient of every input."""
+    """Call a public function; return its results and the gradients of all inputs."""
     function, _ = PUBLIC[name]
     leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
     # Arguments are positional, because patch_merging and patch_expanding name them differently.
@@ -192,7 +192,7 @@ def run_public(name: str, inputs: dict[str, Tensor], backend: str) -> list[Tenso
 
 
 def assert_close(got: list[Tensor], exact: list[Tensor], eps: float) -> None:
-    """Compare several ops in sequence with a wide tolerance; the tests above hold each op to its error budget."""
+    """Check that relative errors are at most ``eps``, a wide tolerance: tests above check each op's error budget."""
     for i, (g, e) in enumerate(zip(got, exact, strict=True)):
         assert g.shape == e.shape
         error = (g.cpu().double() - e.double()).norm() / e.double().norm()
@@ -212,7 +212,7 @@ def test_public_functions(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("low", [F16, BF16], ids=str)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_autocast(name: str, low: torch.dtype) -> None:
-    """Parameters and residual stream are float32; the Linear's input and output have the autocast dtype."""
+    """Parameters and residual stream are float32; the input and output of a Linear have the autocast dtype."""
     inputs = {n: x.to(DEVICE) for n, x in PUBLIC[name][1].items()}
     if "y" in inputs:
         inputs["y"] = inputs["y"].to(low)  # from the Linear at the end of a branch

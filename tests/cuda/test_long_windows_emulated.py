@@ -1,4 +1,4 @@
-"""Tests the CUDA kernels for plain long windows, run on the CPU by the emulator, against the float64 reference."""
+"""Tests the plain CUDA kernels for long windows, run on the CPU by the emulator, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 
 def test_the_parts_of_dlogit_scale_are_all_added(library):
-    """With few or many multiprocessors, the same terms are added in one or in ten parts per head.
+    """With 1 and with 200 multiprocessors, the same terms are summed in one and in ten parts per head.
 
-    Comparing with float64 does not detect a missing part, because the terms cancel and have the rounding of unit rows.
+    A comparison with float64 would not detect a missing part, because the terms cancel and unit rows are rounded.
     """
     case = Case(1, (14, 28), 2, 16, 14, 7, has_logit_scale=True)
     inputs, found = case.inputs(torch.bfloat16), []
@@ -96,7 +96,7 @@ def test_the_parts_of_dlogit_scale_are_all_added(library):
         library.configure(multiprocessors=multiprocessors)
         found.append(run_case(library.window_attention_qkvpacked, inputs, case.arguments())["dlogit_scale"])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
-    assert found[0].count_nonzero() == 1  # the first head's logit_scale is beyond its bound
+    assert found[0].count_nonzero() == 1  # the first head's logit_scale is clamped
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -104,7 +104,8 @@ def test_the_parts_of_dlogit_scale_are_all_added(library):
 def test_scores_far_apart(library, dtype, slope):
     """Scores reach 132, and the largest scores of a row belong to its first or its last keys.
 
-    In bfloat16 the sums leave the range if no maximum is subtracted; in float16 the maximum moves from block to block.
+    In bfloat16, the sums would overflow if no maximum were subtracted. In float16, the running maximum changes from
+    block to block.
     """
     case = Case(1, (12, 24), 1, 32, 12, 0)
     inputs = case.inputs(dtype)
@@ -122,7 +123,7 @@ def test_scores_far_apart(library, dtype, slope):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [(9, 9), (14, 14)], ids=str)
 def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
-    """The last step of 16 keys ends 15 or 12 past the window; if these counted, rows would sum to 1.06 or more."""
+    """The last step of 16 keys has 15 or 12 keys past the window. If they counted, rows of P would sum to over 1.06."""
     case = Case(1, window, 1, 32, window, 0)
     inputs = case.inputs(dtype)
     got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
@@ -136,9 +137,9 @@ def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
 @pytest.mark.parametrize("window", [(9, 9), (14, 14), (7, 7, 7)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"has_table": False}, {"has_table": False, "bias_types": 0}], ids=str)
 def test_low_scores_leave_the_gradient_of_keys_alone(library, options, window):
-    """All scores are near -50, but the zeros past the window would have a score near zero.
+    """All scores are near -50, but keys past the window, which are zeros, would have scores near zero.
 
-    In float16, dS is scaled for its largest value, which must not be that of a key past the window.
+    In float16, the factor that scales dS depends on its largest value, which must not be that of a key past the window.
     """
     case = Case(1, window, 1, 32, window, 0, **options)
     inputs = case.inputs(torch.float16)
@@ -179,7 +180,7 @@ def test_what_is_not_finite_stays_in_its_window(library):
 
 
 def test_dense_bias_at_an_odd_address(library, monkeypatch):
-    """Two keys cannot be one load of 8 bytes if the bias is a view that begins at an odd element of its storage."""
+    """The bias may be a view that starts at an odd element of its storage, which rules out loads of 8 bytes."""
     aligned = library.copy
 
     def copy(x):
@@ -193,7 +194,7 @@ def test_dense_bias_at_an_odd_address(library, monkeypatch):
 
 
 def test_1024_tokens_take_no_memory_for_scores(library):
-    """Workspace and lse need at most a fifth of the maps' bytes, at batch 8 with 12 heads, on 132 multiprocessors."""
+    """For batch 8 and 12 heads on 132 multiprocessors, workspace and lse need at most a fifth of the maps' bytes."""
     library.configure(multiprocessors=132)
     case = Case(8, (32, 32), 12, 32, 32, 0)
     qkv, table = torch.empty(8, 32, 32, 3 * 12 * 32, dtype=torch.bfloat16), torch.empty(63 * 63, 12)

@@ -1,4 +1,4 @@
-"""Tests low scores on the CUDA kernels, run on the CPU by the emulator."""
+"""Tests the CUDA kernels, run on the CPU by the emulator, in cases with low scores."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Tests that no CUDA kernel spills registers or uses local memory, and that the build stays within its budget.
 
 The tests cover the built extension, and every source for each architecture that the compiler supports. This file is
-also a command: ``python -m tests.cuda.test_resources object_or_library...`` prints the resources of every kernel in it,
-and fails if one uses the stack.
+also a command: ``python -m tests.cuda.test_resources FILE...`` prints the resources of every kernel in these object
+files or libraries, and fails if a kernel uses local memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
 }
 __global__ void plain(float* x) { x[threadIdx.x] = 1.0f; }
 """
-# The output of cuobjdump 13.1 for one kernel.
+# An abridged report of cuobjdump 13.1 on these kernels.
 _REPORT = """
 Fatbin elf code:
 ================
@@ -203,9 +203,9 @@ def test_no_source_spills_on_any_architecture(arch: str, source: Path) -> None:
     assert_no_local_memory(resource_usage(compile_one(ROOT, arch, source)))
 
 
-# These two sources take a quarter of the compiler's time, and most calls run their kernels. For one architecture,
-# build.csv has their object sizes in bytes, and their compile times in CPU seconds divided by the time for _YARDSTICK,
-# which is measured next to them so that the speed and load of the machine cancel.
+# These two sources take a quarter of the compiler's time, and most calls run their kernels. For each architecture,
+# build.csv has the size of their objects in MB, their compile time in CPU seconds, and the ratio of this time to the
+# time for _YARDSTICK, which is compiled in the same run so that the speed and load of the machine cancel.
 HOT_SOURCES = ("fwd_bfloat16", "bwd_bfloat16")
 BUDGET_CSV = ROOT / "benchmarks" / "results" / "build.csv"
 MOST_GROWTH = 1.2
@@ -236,7 +236,7 @@ def _cpu_seconds(arch: str, source: Path, out: Path) -> float:
 
 
 def measure_build(arch: str, folder: Path) -> dict[str, str]:
-    """Compile the sources and the yardstick, and return a row of build.csv."""
+    """Compile HOT_SOURCES and the yardstick for ``arch`` in ``folder``, and return a row of build.csv."""
     (folder / "yardstick.cu").write_text(_YARDSTICK)
     seconds = size = 0.0
     unit = _cpu_seconds(arch, folder / "yardstick.cu", folder / "yardstick.o")

@@ -21,8 +21,8 @@ from tests.support.philox import kept_weights, philox
 
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
-# The eps of 10 bits of mantissa, as torch.finfo defines it. Attention in float64 that only rounds the operands of
-# matrix products to TF32 has RMS errors of 0.42 to 0.50 times this in the gradients of q, k and v.
+# The epsilon of a 10-bit mantissa, as torch.finfo defines it. Attention in float64 that only rounds the operands of
+# matrix products to TF32 has RMS errors of 0.42 to 0.50 times this epsilon in the gradients of q, k and v.
 TF32_EPS = 2.0**-10
 
 
@@ -43,7 +43,7 @@ class _Tf32Product(torch.autograd.Function):
 
 
 def _matmul_in_tf32(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b, with TF32 operands if both are float32, as a GPU computes it with torch's TF32 switch on."""
+    """Return ``a @ b``. Round float32 operands to TF32, as a GPU does if torch's TF32 switch is on."""
     return _Tf32Product.apply(a, b) if a.dtype == torch.float32 else torch.matmul(a, b)
 
 
@@ -58,8 +58,8 @@ def _check(
         op = functools.partial(library.window_attention_qkvpacked, allow_tf32=True, **arguments)
         with pytest.MonkeyPatch.context() as patch:
             if case.has_logit_scale:
-                # A factor of up to 100 multiplies the cosines and the rounding errors of their TF32 operands. So the
-                # float32 reference, whose error the budget allows for, rounds its operands to TF32, too.
+                # A factor of up to 100 multiplies the cosines and the rounding errors of their TF32 operands. The
+                # budget depends on the error of the float32 reference, so that also rounds its operands to TF32.
                 patch.setattr(Tensor, "__matmul__", _matmul_in_tf32)
             return check_window_attention(op, case, torch.float32, eps=TF32_EPS, seed=seed, rounds_unit_rows=True)
     op = functools.partial(library.window_attention_qkvpacked, **arguments)
@@ -114,7 +114,7 @@ FEATURES = {
     "types, long window": Case(2, (18, 9), 2, 16, 9, 4, has_table=False, bias_types=2),
     "types, long window, pads, v2": Case(1, (17, 8), 1, 24, 9, 4, False, True, True, 2),
 }
-# Bias tables by window type, in short windows and in long ones, which the plain kernels do not support.
+# Bias tables by window type, which the plain kernels for long windows do not support, in short and long windows.
 TABLE_TYPES = {
     "short": Case(2, (8, 8), 2, 16, 4, 1, table_types=2),
     "short, v2, pads": Case(2, (13, 14), 3, 16, 7, 3, has_pad_qkv=True, table_types=2, **COSINE),
@@ -183,7 +183,7 @@ GEOMETRY = {
     "long window decoded in a larger one": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 12)}),
     "3D, long window": Case(1, (2, 8, 10), 1, 16, (2, 8, 8), (1, 4, 4), has_pad_qkv=True),
     "large bias table": Case(1, (6, 16, 2), 1, 16, (6, 16, 2), 0, options={"table_window": (10, 16, 10)}),
-    # Most keys are equal pad tokens: without the correction, the errors of the sums of P would add up.
+    # Most keys are identical pad tokens: if P were not normalised, the errors of its row sums would add up.
     "nearly all pads": Case(1, (16, 1), 1, 32, (7, 6), has_table=False, has_pad_qkv=True, options=ROLL_THEN_PAD),
     "nearly all pads, long": Case(3, (1, 11), 3, 24, (9, 16), 0, has_pad_qkv=True, options={"scale": 0.1}),
     "many heads": Case(1, (4, 4), 24, 8, 4, 1),
@@ -244,17 +244,17 @@ def test_geometry(library, name, arithmetic):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_exact_products_do_not_add_up_the_rounding_of_lse(library, seed):
-    """A row of dS sums to zero, and so does dbias, although P is recomputed from a rounded lse."""
+    """Each row of dS sums to zero, and so does dbias_table, although P is recomputed from a rounded lse."""
     case = GEOMETRY["nearly all pads, long"]
     got = _check(library, case, "float32", seed=seed)["dbias_table"].double()
     terms = cancelling_terms(case, {k: x.double() for k, x in case.inputs(torch.float32, seed=seed).items()})
-    # Without the correction the error is up to 8.6 of these units, with it at most 2.6.
+    # If P were not normalised, the error would be up to 8.6 of these units; it is at most 2.6.
     unit = 2.0**-27 * terms["dbias_table"].sum(0)
     assert (got.sum(0).abs() <= 3 * unit).all()
 
 
 def _map(draw: st.DrawFn, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Draw size, window and shift."""
+    """Draw the size, window and shift of a map with ``rank`` axes."""
     window = tuple(draw(st.integers(1, 11 if rank == 2 else 5), label="window") for _ in range(rank))
     size = tuple(draw(st.integers(1, 2 * w + 1), label="size") for w in window)
     return size, window, tuple(draw(st.integers(0, w - 1), label="shift") for w in window)
@@ -289,7 +289,8 @@ def _cases(draw: st.DrawFn) -> Case:
         draw(st.integers(1, 3)),
         size,
         draw(st.integers(1, 3)),
-        # With a head_dim below 4 the plain float32 code happens to be exact, because unit rows are all ones.
+        # With a small head_dim, the float32 reference may be exact, which leaves no error budget: with head_dim 1, all
+        # unit rows are 1 or -1.
         draw(st.integers(4 if cosine else 1, 40)),
         window,
         shift,
@@ -307,8 +308,8 @@ def test_any_case(case, arithmetic):
     built = emulation.window_attention_library()
     built.configure()
     op, dtype = built.window_attention_qkvpacked, getattr(torch, arithmetic)
-    # With cosines times 100 one key of a row dominates: the row's dS, which sum to zero, are then rounding errors, and
-    # in float16 too small to represent.
+    # If the cosines are multiplied by 100, one key of a row dominates. The row of dS, which sums to zero, then consists
+    # of rounding errors, which are too small for float16.
     assume(not (case.has_logit_scale and dtype == torch.float16))
     eps = torch.finfo(dtype).eps * (2 if dtype != torch.float32 else 64 if case.has_logit_scale else 4)
     check_window_attention(op, case, dtype, eps=eps, cancels=True)
@@ -329,7 +330,7 @@ DROPOUT = {
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout(library, name, arithmetic, monkeypatch):
-    """Outputs and gradients equal those of the reference with the same dropout pattern."""
+    """Outputs and gradients equal those of the reference with the same dropout mask."""
     case, seed = DROPOUT[name], -(2**62) + 12345
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
     shape = (case.batch, windows, case.num_heads, math.prod(case.window_tuple))
@@ -350,7 +351,7 @@ def test_dropout_rate_and_seeds():
 
 
 def test_philox_is_that_of_the_paper():
-    """The numbers equal the known answers of the authors' library, Random123 (kat_vectors, philox4x32 10)."""
+    """The output equals the known answers of its authors' library, Random123 (kat_vectors, philox4x32 10)."""
     answers = {
         (0x00000000,) * 6: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
         (0xFFFFFFFF,) * 6: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
@@ -392,7 +393,7 @@ def test_dscores_beyond_float16(library):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_is_not_finite_stays_in_its_window(library, dtype):
-    """Infinities in one window do not reach others: padding in tiles is zeroed for later windows, or never read."""
+    """Infinities in one window do not reach others: unused rows of a tile are zeroed for each window, or never read."""
     for head_dim in (10, 16, 24, 30, 32):
         case = Case(4, (7, 14), 1, head_dim, 7, 0, has_table=False)
         inputs = case.inputs(dtype)
@@ -424,7 +425,7 @@ def test_rows_of_length_zero(library, size):
 
 
 def test_clamped_logit_scale_has_no_gradient(library):
-    """torch clamps at ln 100 in double precision, which is below the nearest float."""
+    """torch.clamp uses ln 100 in double precision, which is below the nearest float32 number."""
     case = Case(1, (8, 8), 3, 16, 4, 1, **COSINE)
     inputs = case.inputs(torch.float32)
     above = torch.tensor(math.log(100.0))
@@ -475,7 +476,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 
 def test_rows_of_a_larger_tensor(library):
-    """There may be gaps after heads, rows and images. (With head_dim 16 the two runs would use different kernels.)"""
+    """Gaps after heads, rows and images have no effect. (With head_dim 16, the runs would use different kernels.)"""
     case = Case(2, (7, 6), 2, 8, 4, 1, has_pad_qkv=True)
     inputs = case.inputs(torch.float16)
     dense = library.run(**inputs, **case.arguments())
@@ -557,7 +558,7 @@ def test_inference_without_lse_has_the_bits_of_training(library, case, arithmeti
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift", [-300.0, -200.0, -60.0, 60.0, 200.0, "rows"], ids=str)
 def test_scores_far_from_zero(library, shift, dtype):
-    """A constant added to all scores of a row changes nothing; in bfloat16 the maximum is computed only if needed."""
+    """A constant added to a row of scores changes nothing; in bfloat16, the maximum is computed only if needed."""
     case = SHORT16["dense"]
     inputs = case.inputs(dtype)
     offset = torch.linspace(-250, 250, 49)[:, None] if shift == "rows" else shift
@@ -589,7 +590,7 @@ def test_scores_of_200(library, dtype):
 
 
 def _window_tokens(size, window, shift, item):
-    """Return the numbers of a window's tokens, for sizes that are multiples of the window."""
+    """Return the indices of the tokens of window ``item``, for a ``size`` that is a multiple of ``window``."""
     columns = size[1] // window[1]
     first = item // columns * window[0] + shift[0], item % columns * window[1] + shift[1]
     y, x = ((first[axis] + torch.arange(window[axis])) % size[axis] for axis in range(2))
@@ -598,7 +599,7 @@ def _window_tokens(size, window, shift, item):
 
 @pytest.mark.parametrize("item", [0, 9299, 70_000, 65_000_000, 9300 * 9300 - 1])
 def test_token_numbers_beyond_32_bits_of_sign(library, item):
-    """On a map of 65100 x 65100 tokens (86 million windows) token numbers fill 32 bits, and byte offsets need more."""
+    """On a map of 65100 x 65100 tokens (86 million windows), token indices need 32 bits, and byte offsets need more."""
     size, window, shift = (65100, 65100), (7, 7), (3, 2)
     got = library.find_tokens(size, window, shift, item)
     assert torch.equal(got, _window_tokens(size, window, shift, item))
@@ -611,7 +612,7 @@ def test_what_32_bits_do_not_number_goes_to_the_general_kernel(library):
 
 
 def test_lse(library):
-    """lse is the log-sum-exp of the scores, in natural units, in the order (batch, window, head, query)."""
+    """lse is the natural log-sum-exp of the scores, with axes in the order (batch, window, head, query)."""
     case = Case(2, (4, 8), 2, 16, 4, 0)
     inputs = case.inputs(torch.float16)
     lse = library.run(**inputs, **case.arguments())["lse"]
@@ -654,7 +655,7 @@ def test_what_has_no_kernel_is_refused(library, case):
 
 @pytest.mark.slow
 def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> None:
-    """In windows of one token out is v and dv is dout up to rounding, which reveals a window visited twice or never."""
+    """With one token per window, out is v and dv is about dout, so a window visited twice or never is detected."""
     images, size = 3, (148, 149)
     generator = torch.Generator().manual_seed(0)
     qkv, dout = (torch.randn(images, *size, c, generator=generator).bfloat16() for c in (96, 32))

@@ -106,7 +106,7 @@ def test_cosine_attention_and_dense_biases(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference uses the dropout pattern of the kernels."""
+    """The reference uses the dropout mask of the kernels."""
     case = DROPOUT[name]
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3))
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
@@ -230,7 +230,7 @@ def test_a_call_is_the_same_on_every_stream() -> None:
 
 
 def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
-    """Forward and backward of one replay keep the same weights: out is linear in v, so (out, dout) equals (v, dv)."""
+    """Both passes of a replay drop the same pairs: out is linear in v, so out * dout and v * dv have equal sums."""
     case = WindowAttentionCase(8, (28, 28), 6, 32, 7, 3, options={"dropout_p": 0.3})
     inputs = case.inputs(torch.float32, DEVICE)
     qkv = inputs["qkv"].requires_grad_()
@@ -293,7 +293,7 @@ def test_accelerated_timm_model(backend: str, name: str, fullgraph: bool) -> Non
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=224, num_classes=10, drop_path_rate=0.0).to(DEVICE).eval()
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):  # v2 starts with weights of 0, which make its branches zero
+        if isinstance(module, torch.nn.LayerNorm):  # v2 initialises them to 0, which makes its branches zero
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     accelerated = copy.deepcopy(model)
     report = swinkernels.accelerate(accelerated, backend=backend)

@@ -65,7 +65,7 @@ def library(built: WindowPartitionLibrary) -> Iterator[WindowPartitionLibrary]:
 
 
 def draw(library: emulation.Library, shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Draw random bytes between inaccessible pages."""
+    """Return a tensor of random bytes, in memory between inaccessible pages."""
     count = math.prod(shape) * dtype.itemsize
     generator = torch.Generator().manual_seed(seed)
     data = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator).view(dtype)
@@ -79,7 +79,7 @@ def assert_same_bits(got: Tensor, expected: Tensor) -> None:
 
 
 def expected_windows(x: Tensor, case: Case) -> Tensor:
-    """Return the reference's windows; shifts that it does not accept become a roll of the map or of the frame."""
+    """Return the reference's windows; for a shift not below the window, roll the (padded) map before the partition."""
     if all(s < w for s, w in zip(case.shift, case.window, strict=True)):
         return reference.window_partition(x, case.window, case.shift, pad_order=case.pad_order)
     axes = tuple(range(1, x.dim() - 1))
@@ -90,7 +90,7 @@ def expected_windows(x: Tensor, case: Case) -> Tensor:
 
 
 def check(library: WindowPartitionLibrary, x: Tensor, case: Case, max_vectors: int = 0) -> None:
-    """Compare partition with the reference, and check that reverse restores the map and ignores pad tokens."""
+    """Compare window_partition with the reference; check that window_reverse restores ``x`` and ignores pad tokens."""
     arguments = (case.window, case.shift, case.pad_order)
     windows = library.window_partition(x, *arguments, max_vectors=max_vectors)
     assert_same_bits(windows, expected_windows(x, case))
@@ -123,7 +123,7 @@ def test_widths(library, channels, dtype):
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 def test_rows_that_begin_anywhere(library, offset):
-    """Map and windows begin `offset` bytes after a multiple of 16; the emulator reports vectors that are too wide."""
+    """Maps and windows start ``offset`` bytes after a multiple of 16; the emulator reports misaligned vectors."""
     case = Case(2, (5, 6), (4, 4), (1, 2))
     x = draw(library, (2, 5, 6, 48), torch.uint8)[..., offset : offset + 16]
     check(library, x, case)
@@ -133,7 +133,7 @@ def test_rows_that_begin_anywhere(library, offset):
 
 
 def with_odd_stride(library: emulation.Library, shape: Sequence[int], axis: int) -> Tensor:
-    """Make rows of bytes whose stride along one axis, unlike all others, is not a multiple of 16."""
+    """Return rows of random bytes; of the strides between rows, only that along ``axis`` is no multiple of 16."""
     strides = [1]
     for i in reversed(range(len(shape) - 1)):
         strides.insert(0, math.ceil(strides[0] * shape[i + 1] / 16) * 16 + (i == axis))
@@ -142,7 +142,7 @@ def with_odd_stride(library: emulation.Library, shape: Sequence[int], axis: int)
 
 
 def test_every_stride_counts(library):
-    """One odd stride, on any axis, rules out wide vectors."""
+    """An odd stride along any axis rules out wide vectors."""
     case = Case(2, (5, 6), (4, 4), (1, 2))
     for axis in range(3):
         check(library, with_odd_stride(library, (2, 5, 6, 16), axis), case)
@@ -153,7 +153,7 @@ def test_every_stride_counts(library):
 
 
 def test_strides_of_any_kind(library):
-    """Maps may be permuted or slices of wider maps, have gaps, or repeat one image or window."""
+    """Maps and windows may be permuted, sliced from larger tensors, or expanded."""
     for case, x in (
         (Case(2, (5, 6), (4, 4), (1, 2)), draw(library, (2, 5, 6, 40), torch.float16)[..., 8:24]),
         (Case(2, (6, 5), (4, 3), (1, 2)), draw(library, (2, 5, 6, 16), torch.float16).transpose(1, 2)),
@@ -177,7 +177,7 @@ def test_strides_of_any_kind(library):
 @pytest.mark.parametrize("windows", [1, 2, 3, 5, 7, 12, 20, 50])
 @pytest.mark.parametrize("size", [(3, 5, 7), (5, 7)], ids=str)
 def test_more_launches_than_one(library, size, windows):
-    """If a launch allows fewer vectors than needed, the work is split by image, slab, row of windows, or window."""
+    """Work beyond the limit of vectors per launch is split by image, slab, row of windows, or window."""
     vectors_per_window = 16
     case = Case(3, size, (2,) * len(size), (1,) * len(size))
     channels = 4 * vectors_per_window // 2 ** len(size)  # four channels per vector
@@ -185,7 +185,7 @@ def test_more_launches_than_one(library, size, windows):
 
 
 def test_reverse_does_not_read_pads(library):
-    """The memory of the windows ends with the last row that belongs to a token of the map."""
+    """The memory of the windows ends with the row of the map's last token, so reading a later pad token faults."""
     if not library.catches_faults:
         pytest.skip("faults are caught on x86-64 Linux only")
     x, window, shift = draw(library, (1, 3, 3, 4), torch.float32), (4, 4), (0, 0)

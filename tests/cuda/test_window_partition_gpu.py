@@ -59,7 +59,7 @@ def op(name: str, backend: str):
 
 
 def geometry(case: Case) -> tuple[list[int], list[int], bool]:
-    """Return the geometry in the ops' form: three values per list."""
+    """Return the window, the shift and roll_then_pad as the ops accept them: with three values per list."""
     leading = 3 - len(case.size)
     return [1] * leading + [*case.window], [0] * leading + [*case.shift], case.pad_order == "roll_then_pad"
 
@@ -106,7 +106,7 @@ def test_strides_are_honoured_and_nothing_is_modified(backend: str) -> None:
 
 
 def test_gradients(backend: str) -> None:
-    """Each op is the other's derivative, in derivatives of any order, and gradients may have any strides."""
+    """The backward pass of each op is the other op, also in double backward; gradients may have any strides."""
     x = draw(3, 20, 17, 32, dtype=torch.float32).requires_grad_()
     windows = partition(x, SHIFTED, backend)
     dwindows = draw(*windows.shape, dtype=torch.float32, seed=1).requires_grad_()
@@ -192,7 +192,7 @@ def test_more_than_two_to_the_31_elements(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_tokens_in_one_image(backend: str) -> None:
-    """An image with one-byte rows has more vectors than one launch allows, so several launches share it."""
+    """An image with rows of one byte has more vectors than one launch allows, so it is split into several launches."""
     needs_free_memory(12)
     n, window, shift = 46400, 8, 4
     assert n * n > 2**31

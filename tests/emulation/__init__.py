@@ -3,10 +3,10 @@
 The C++ compiler compiles the kernel sources unchanged. ``include/`` shadows the toolkit's headers with the few types,
 intrinsics and collectives that kernels use, and has twins of ``kernels/common/ptx.cuh`` (every PTX instruction) and
 ``launch.cuh`` (launches, dynamic shared memory). ``simt.cpp`` runs a block as one fiber per CUDA thread: a lane runs
-until a barrier, shuffle, vote, ldmatrix or mma and waits there for the others; then the result of the instruction is
-computed in its documented fragment layout, with float accumulation. So index arithmetic, layouts, masks, barriers and
-reductions are those of the kernel. Time, occupancy, memory visibility between blocks, the last bit of the approximate
-functions and the order in which a tensor core adds are not modelled.
+until a barrier, shuffle, vote, ldmatrix or mma and waits there for the others. Then the result of the instruction is
+computed in its documented fragment layout, with float32 accumulation. Index arithmetic, layouts, masks, barriers and
+reductions are therefore those of the kernel. Time, occupancy, memory visibility between blocks, the last bit of the
+approximate functions and the order in which a tensor core adds are not modelled.
 
 The emulator is stricter than a GPU. Dynamic shared memory and every buffer start as NaN and lie next to inaccessible
 pages; a cp.async writes NaN first and its data only at the wait that covers it. Misaligned vector accesses,
@@ -75,12 +75,12 @@ _COMPILE_JOBS = 2
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler: $CXX if set, else g++. Clang lacks -fno-gnu-unique and has other sanitizer flags."""
+    """Return the path of $CXX (g++ by default), or None. Clang lacks -fno-gnu-unique and has other sanitizer flags."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def missing() -> str | None:
-    """Return why the emulator cannot be built here, or None."""
+    """Return the reason why the emulator cannot be built here, or None."""
     if platform.system() != "Linux":
         return "the emulator needs Linux"
     if compiler() is None:
@@ -89,7 +89,7 @@ def missing() -> str | None:
 
 
 def _cpu() -> str:
-    """Return the CPU's name, a part of the cache key because objects are built for this CPU."""
+    """Return the CPU's model and features, a part of the cache key because objects are compiled for this CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
@@ -98,7 +98,7 @@ def _cpu() -> str:
 
 
 def _included_by(source: Path) -> set[Path]:
-    """Return the files of this repository that a source may include, directly or not, on any include path."""
+    """Return the files of this repository that ``source`` may include, directly or indirectly, on any include path."""
     found: set[Path] = set()
     waiting = [source]
     while waiting:
@@ -113,7 +113,7 @@ def _included_by(source: Path) -> set[Path]:
 
 
 def build(name: str, sources: Sequence[Path]) -> Path:
-    """Return the shared library of these sources and the engine, compiled unless it is in the cache."""
+    """Return the path of the shared library of ``sources`` and the engine; compile it unless it is in the cache."""
     cxx = compiler()
     assert cxx is not None, missing()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
@@ -156,12 +156,12 @@ def bindings_folder() -> Path:
 
 
 def kernel_sources(op: str) -> list[Path]:
-    """List the .cu files of an op."""
+    """List the .cu files of the kernels of ``op``."""
     return sorted((_CSRC / "kernels" / "cuda" / op).rglob("*.cu"))
 
 
 def _make(out: Path, command: list[str]) -> None:
-    """Run a compiler unless its output exists. One process runs it at a time; the others wait and use its output."""
+    """Run the compiler ``command`` unless ``out`` exists. One process compiles; others wait and use its output."""
     with out.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if out.exists():
@@ -174,11 +174,11 @@ def _make(out: Path, command: list[str]) -> None:
 
 
 class LaunchError(RuntimeError):
-    """An emulated launch failed; the message is the emulator's."""
+    """Raised if an emulated launch fails, with the emulator's message."""
 
 
 class Launch(NamedTuple):
-    """A launch: the kernel's mangled name, dynamic shared memory and threads of a block."""
+    """A launch: the kernel's mangled name, and the dynamic shared memory and number of threads per block."""
 
     kernel: str
     smem_bytes: int
@@ -203,15 +203,18 @@ class Library:
         return bool(self.functions.emulation_catches_faults())
 
     def configure(self, seed: int = 0, multiprocessors: int = 2, shared_bytes: int = 227 * 1024) -> None:
-        """Set the order of threads (0: as numbered), multiprocessors and a block's shared memory for later launches."""
+        """Set the schedule seed, the number of multiprocessors and the shared memory per block for later launches.
+
+        With seed 0, warps and lanes run in the order of their indices.
+        """
         self.functions.emulation_configure(seed, multiprocessors, shared_bytes)
 
     def check_schedules(
         self, call: Callable[[], dict[str, Tensor]], seeds: Sequence[int] = (1, 2), **options: int
     ) -> None:
-        """Check that the results have the same bits for any order of threads. ``options`` are for :meth:`configure`.
+        """Check that ``call`` returns the same bits with all ``seeds``; ``options`` are passed to :meth:`configure`.
 
-        A missing barrier, or sums in the order of arrival, would change them.
+        A missing barrier, or a sum in the order of arrival, would change the bits.
         """
         self.configure(**options)
         first = call()
@@ -222,7 +225,7 @@ class Library:
 
     @functools.cached_property
     def _kernels(self) -> dict[int, str]:
-        """Return the mangled names of the library's functions by address, from the symbol table: kernels are hidden."""
+        """Return the mangled names of the functions by address, from the symbol table, as kernels are not exported."""
         table = subprocess.run(["nm", self.functions._name], capture_output=True, text=True, check=True).stdout
         symbols = {name: int(at, 16) for at, _, name in (x.split() for x in table.splitlines() if x[0] != " ")}
         known = ctypes.cast(self.functions.emulation_error, ctypes.c_void_p).value
@@ -230,7 +233,7 @@ class Library:
         return {base + at: name for name, at in symbols.items()}
 
     def launches(self) -> list[Launch]:
-        """Return the launches since the last call of this method, or the last ones if there are too many."""
+        """Return the launches since the last call of this method, or the last 64 if there are more."""
         kernel, smem_bytes, threads = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_int()
         found = []
         while self.functions.emulation_next_launch(*map(ctypes.byref, (kernel, smem_bytes, threads))):
@@ -369,19 +372,19 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def three(values: Sequence[Any], leading: Any) -> list[Any]:
-    """Return one value for each of three axes, with `leading` for those that a 2D map lacks."""
+    """Return one value for each of three axes, with ``leading`` for leading axes without a value."""
     return [leading] * (3 - len(values)) + list(values)
 
 
 def _token_map(x: Tensor) -> _TokenMap:
-    """Make the TokenMap of (B, D, H, W, num_heads, head_dim)."""
+    """Build the TokenMap of ``x``, (B, D, H, W, num_heads, head_dim)."""
     assert x.dim() == 6 and x.stride(-1) == 1
     batch, d, h, w, head, _ = x.stride()
     return _TokenMap(pointer(x), batch, (ctypes.c_int64 * 3)(d, h, w), head)
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call in normal form."""
+    """The arguments of a call after validation, with defaults filled in and axis tables concatenated."""
 
     spec: WindowSpec
     size: tuple[int, ...]
@@ -398,7 +401,8 @@ class Arguments(NamedTuple):
 class _Call:
     """A forward call and the data for its backward call.
 
-    ``spread`` leaves gaps between the maps' rows, ``separate`` keeps q, k and v (and their gradients) in three tensors.
+    ``spread`` leaves gaps between the rows of the maps; ``separate`` stores q, k and v (and their gradients) in three
+    tensors.
     """
 
     def __init__(
@@ -480,7 +484,7 @@ class _Call:
         return {"out": self.out.reshape(shape).clone(), "lse": self.lse}
 
     def backward(self, dout: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """Return dqkv and, in float32, the wanted gradients of the tables and pad_qkv."""
+        """Run the backward pass; return dqkv and, in float32, the gradients of the tensors named in ``wanted``."""
         library, functions = self.library, self.library.functions
         dout = self._empty_map(self.heads, self.qkv.dtype).copy_(dout.reshape(self.out.shape))
         gradients = {"dqkv": self._empty_map((3, *self.heads), self.qkv.dtype)}
@@ -550,7 +554,7 @@ class WindowAttentionLibrary(Library):
         dropout_seed: int = 0,
         **arguments: Any,
     ) -> Tensor:
-        """Compute ``swinkernels.window_attention_qkvpacked``, differentiably, with the emulated CUDA kernels."""
+        """Compute ``swinkernels.window_attention_qkvpacked`` and its gradients with the emulated CUDA kernels."""
         args = self.normal_form(qkv, bias_table, **arguments)
         return _Attend.apply(
             self, args, allow_tf32, dropout_seed, qkv, *(getattr(args, name) for name in _DIFFERENTIABLE)
@@ -567,7 +571,7 @@ class WindowAttentionLibrary(Library):
         separate: bool = False,
         **arguments: Any,
     ) -> dict[str, Tensor]:
-        """Run forward and backward without autograd; return out, lse and every gradient as the kernels write them."""
+        """Run both passes without autograd; return out, lse and all gradients as the kernels write them."""
         args = self.normal_form(qkv, bias_table, **arguments)
         call = _Call(self, args, qkv, allow_tf32=allow_tf32, spread=spread, separate=separate)
         results = call.forward()
@@ -579,7 +583,7 @@ class WindowAttentionLibrary(Library):
         return call.forward(needs_lse=False)["out"]
 
     def check_isolation(self, case: WindowAttentionCase) -> None:
-        """Check that infinities in the first window of a map leave all other windows of the same block unchanged."""
+        """Check that infinities in a map's first window do not change the windows that its block processes later."""
         inputs, width = case.inputs(torch.bfloat16), case.window_tuple[-1]
         self.configure(multiprocessors=1)
         expected = run_case(self.window_attention_qkvpacked, inputs, case.arguments())
@@ -593,10 +597,10 @@ class WindowAttentionLibrary(Library):
     def find_tokens(
         self, size: Sequence[int], window: Sequence[int], shift: Sequence[int], item: int = 0, batch: int = 1
     ) -> Tensor | None:
-        """Return the numbers of a window's tokens as the kernels for short windows in 16 bits find them.
+        """Return the indices of the tokens of window ``item`` that the kernels for short windows in 16 bits compute.
 
-        Return None if these kernels do not support maps of this size. No map is read: one row of 32 numbers serves as
-        all maps.
+        Return None if these kernels do not support maps of this size. Only the strides of the maps are used, so no map
+        is allocated.
         """
         geometry, lead = _Geometry(), _TokenMap(None, 0, (ctypes.c_int64 * 3)(), 32)
         geometry.fill(size, window, shift, (0, 0), "pad_then_roll")
@@ -613,7 +617,7 @@ class WindowAttentionLibrary(Library):
     def workspace_bytes(
         self, qkv: Tensor, wanted: Collection[str], bias_table: Tensor | None = None, **arguments: Any
     ) -> int:
-        """Return the workspace size of a call's backward pass; `wanted` names the tables that get a gradient."""
+        """Return the workspace size of the backward pass; ``wanted`` names the tables that get a gradient."""
         call = _Call(self, self.normal_form(qkv, bias_table, **arguments), qkv)
         maps = (_token_map(x) for x in call.qkv.unbind(4))
         params = _Backward(call.params, _token_map(call.out), *maps)  # nothing is read or written

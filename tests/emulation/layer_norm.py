@@ -1,6 +1,6 @@
 """The CUDA kernels of the norms as functions of CPU tensors, with the arguments and results of the ops.
 
-Each function computes the op of the same name in ``torch.ops.swinkernels`` with the emulated kernels.
+Each method that is named after an op of ``torch.ops.swinkernels`` computes this op with the emulated kernels.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class LayerNormLibrary(emulation.Library):
         self.max_row = functions.layer_norm_max_row()
 
     def _in(self, x: Tensor | None) -> Tensor | None:
-        """Copy an input so that it ends at an inaccessible page."""
+        """Return a copy of ``x`` that ends at an inaccessible page, or None if ``x`` is None."""
         return None if x is None else self.copy(x.detach())
 
     def _run_forward(

@@ -57,8 +57,8 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
   }
 }
 
-// Writes 16 x 40 halves from fragments to rows 16.. of a tile of 64 columns: by stmatrix, without it, or only the rows
-// below row_limit.
+// Writes 16 x 40 float16 numbers from fragments to rows 16 to 31 of a tile of 64 columns: with stmatrix, without it, or
+// only to rows below row_limit.
 __global__ void write_packed_kernel(const uint32_t* x, uint32_t* y, int how, int row_limit) {
   using Tile = SmemTile<__half, 64>;
   const Tile tile{reinterpret_cast<__half*>(dynamic_smem())};
@@ -94,8 +94,8 @@ __global__ void shuffle_kernel(const int* x, int* y) {
   if (lane < 8) y[lane] += __shfl_xor_sync(0x000000ffu, x[lane], 1);  // only part of the warp
 }
 
-// y[i] = x[i] for 64 threads times 4 floats, each thread writing the data that its neighbour in the other warp fetched;
-// the last 4 floats are zero-filled. A persistent loop over `rows` of x.
+// Copies `rows` rows of 256 floats from x to y in a persistent loop; the last 4 floats of a row become zero. Each of 64
+// threads writes the 4 floats that a thread of the other warp has fetched.
 __global__ void async_kernel(const float* x, float* y, int rows, bool wait, bool barrier) {
   auto smem = reinterpret_cast<float*>(dynamic_smem());
   const int thread = threadIdx.x, neighbour = (thread + 32) % 64;

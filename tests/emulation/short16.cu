@@ -1,4 +1,4 @@
-// The token numbers that the kernels for short windows in 16 bits compute, for maps too large for a test's memory.
+// Token indices as computed by the kernels for short windows in 16 bits, for maps that are too large to allocate.
 #include "kernels/cuda/window_attention/fwd_short16_sm80.cuh"
 
 namespace swinkernels::cuda {
@@ -22,8 +22,8 @@ __global__ void find_tokens_kernel(const Short16ForwardArguments args, uint32_t 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 using namespace swinkernels;
 
-// Returns true if the kernels support the call. If so, and if `numbers` is not null, writes the numbers of the 33 to 56
-// tokens of window `item` to it.
+// Returns true if the kernels support the call. If so, and if `numbers` is not null, writes the indices of the 33 to 56
+// tokens of window `item` to `numbers`.
 EXPORT bool short16_takes(const WindowAttentionForwardParams* params, uint32_t item, uint32_t* numbers) {
   cuda::Short16ForwardArguments args = {};
   static_cast<cuda::WindowArguments<4>&>(args) = cuda::WindowArguments<4>::of(*params);

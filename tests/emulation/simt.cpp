@@ -30,7 +30,7 @@ constexpr int kSmemAlignment = 128;
 constexpr size_t kMaxDynamicSmemBytes = 227 * 1024;
 constexpr int kMaxThreads = 1024;
 
-// A switch of stacks takes a dozen instructions on x86-64; elsewhere ucontext makes a system call for each switch.
+// Switching stacks takes a dozen instructions on x86-64. Elsewhere, ucontext makes a system call for each switch.
 #if defined(__x86_64__)
 using Context = void*;
 extern "C" void swinkernels_emulation_switch(void** save, void* load);
@@ -139,7 +139,7 @@ size_t page_bytes() {
   return bytes;
 }
 
-// Allocates bytes of NaN that end (up to alignment) at an inaccessible page, with another such page before them.
+// Allocates memory filled with NaN that ends (up to alignment) at an inaccessible page and follows another such page.
 void* allocate_guarded(size_t bytes, size_t alignment) {
   const size_t page = page_bytes();
   const size_t padded = (bytes + alignment - 1) / alignment * alignment;
@@ -410,8 +410,8 @@ void warp_collective(const Collective& collective) {
   lane.collective = collective;
   lane.state = State::kInWarpCollective;
   waiting |= 1u << self;
-  // Two lanes that wait for each other must do so in the same collective. Comparing with one lane that has arrived is
-  // enough; when all have arrived, all have been compared.
+  // Lanes that wait for each other must be in the same collective. An arriving lane is compared with only one lane that
+  // has arrived before it, because the last lane is compared with all others.
   const uint32_t arrived = collective.mask & waiting;
   const bool all_arrived = arrived == collective.mask;
   void* operands[kWarpSize] = {};

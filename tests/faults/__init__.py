@@ -1,8 +1,8 @@
-"""Faults that the tests must find: each is one edit of one file, with a test that passes without it and fails with it.
+"""Planted faults that the tests must detect: each is one edit of one file, and names a test that then fails.
 
-They guard the tests: after a test is made faster, or a suite is thinned out, all faults must still be found. A fault is
-a text replacement, so it survives other changes to its file; one that no longer applies has to be rewritten for the
-code that replaced its text.
+The faults guard the tests: after a test is made faster, or a suite is thinned out, all faults must still be detected. A
+fault is a text replacement, so it survives other changes to its file. If the text to replace is no longer in the file,
+the fault has to be rewritten for the current code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """Replaces ``old``, which occurs once in ``file``, by ``new``, so that the test of this pytest node id fails."""
+    """Replaces ``old``, which occurs once in ``file``, by ``new``, which makes ``test`` (a pytest node id) fail."""
 
     file: str
     old: str
@@ -19,7 +19,7 @@ class Fault(NamedTuple):
     test: str
 
     def apply_to(self, source: str) -> str:
-        """Return the source with the fault; raise ValueError unless it contains the text exactly once."""
+        """Return ``source`` with the fault; raise ValueError unless ``old`` occurs exactly once."""
         count = source.count(self.old)
         if count != 1:
             raise ValueError(
@@ -30,7 +30,7 @@ class Fault(NamedTuple):
 
 
 def all_faults() -> dict[str, Fault]:
-    """Return every fault by name."""
+    """Return all faults by name."""
     from tests.faults import benchmarks, cpu, cuda, modules, reference, triton
 
     faults: dict[str, Fault] = {}

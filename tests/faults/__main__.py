@@ -1,10 +1,10 @@
-"""Puts faults into copies of the tree, one at a time, and runs the test that must find each.
+"""Plants each fault in a copy of the tree, and runs the test that must detect it.
 
     python -m tests.faults [NAME...]
 
-NAME is a fault or a prefix, such as ``cuda-``; without one, all faults are tried. First every test runs without a
-fault: all must pass, else no fault is tried and the exit status is 2. The checkout is never modified. The exit status
-is 1 if a fault was not found, or does not apply to the present sources.
+NAME is a fault or a prefix, such as ``cuda-``; by default, all faults are tried. First, every test runs without a
+fault; unless all pass, no fault is tried and the exit status is 2. The checkout is never modified. The exit status is 1
+if a fault was not detected, or does not apply to the current sources.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.faults import Fault, all_faults
 ROOT = Path(__file__).resolve().parents[2]
 # Sources that are compiled into the extension. The emulator compiles the CUDA kernels itself.
 COMPILED = ("csrc/kernels/cpu/", "csrc/bindings/")
-_MINUTES = 30  # a test that hangs has not found the fault
+_MINUTES = 30  # a test that hangs has not detected the fault
 
 
 class Copy:
-    """A copy of the files that git tracks or would track, and of the built extension."""
+    """A copy of the tree: the files that git tracks or would track, and the built extension."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -53,11 +53,11 @@ class Copy:
             raise RuntimeError(f"the extension does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
 
     def run(self, tests: list[str]) -> tuple[dict[str, int], str]:
-        """Return the number of tests with each outcome, and pytest's output."""
-        # CI makes Hypothesis draw the same examples every time. -O0 compiles faster: each kernel runs in one test only.
+        """Run ``tests``; return the number of tests with each outcome, and pytest's output."""
+        # CI makes Hypothesis draw the same examples every time. -O0 saves time, as a compiled kernel runs in few tests.
         environment = {**os.environ, "CI": "1", "SWINKERNELS_EMULATION_FLAGS": "-O0"}
         if all(test.startswith("tests/triton/") for test in tests):
-            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # only these tests run in that process
+            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # no other tests run in this process
         options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-m", "not long"]
         command = [sys.executable, "-m", "pytest", *options, *tests]
         done = subprocess.run(
@@ -79,7 +79,7 @@ class Copy:
 
 
 def find(copy: Copy, fault: Fault) -> str | None:
-    """Return the reason why the fault was not found, or None."""
+    """Run the test of ``fault`` in ``copy``; return the reason why it did not detect the fault, or None."""
     try:
         with copy.with_fault(fault):
             if fault.file.startswith(COMPILED):
@@ -94,7 +94,7 @@ def find(copy: Copy, fault: Fault) -> str | None:
 
 
 def fails_without_faults(copy: Copy, faults: dict[str, Fault]) -> list[str]:
-    """List the failures of tests that run without a fault."""
+    """Run the tests of ``faults`` without a fault; return a list of problems, empty if all tests pass."""
     problems = []
     tests = sorted({fault.test for fault in faults.values()})
     for of_triton in (False, True):
@@ -159,7 +159,7 @@ def main() -> None:
             finally:
                 copies.put(copy)
 
-        # Faults in compiled sources come last, so that no other test needs another build of a copy.
+        # Faults in compiled sources come last, because they leave a faulty extension in their copy.
         order = sorted(faults, key=lambda name: faults[name].file.startswith(COMPILED))
         with concurrent.futures.ThreadPoolExecutor(copies.qsize()) as pool:
             for task in concurrent.futures.as_completed([pool.submit(try_one, name) for name in order]):

@@ -1,4 +1,4 @@
-"""Faults in the benchmarks' computations and reports."""
+"""Planted faults in the computations and reports of the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in the CPU kernels, and in the parameters that the bindings pass to them."""
+"""Planted faults in the CPU kernels, and in the parameters that the bindings pass to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in the CUDA kernels, found by the emulator."""
+"""Planted faults in the CUDA kernels, which the tests in the emulator must detect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in the ops' frontends, in the modules and in the code that accelerate puts into other libraries' models."""
+"""Planted faults in the ops' frontends, in the modules, and in the adapters for other libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in the reference, the standard for all kernels, and in the checks of kernels against it."""
+"""Planted faults in the reference, with which all kernels are compared, and in the code that compares them."""
 
 from __future__ import annotations
 

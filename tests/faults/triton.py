@@ -1,4 +1,4 @@
-"""Faults in the Triton kernels, found in Triton's interpreter."""
+"""Planted faults in the Triton kernels, which the tests in Triton's interpreter must detect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that the smoke step finds a planted fault, reports it in one line, and loses no other result."""
+"""Tests that the smoke step detects a planted fault, reports it in one line, and loses no other result."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from gpu import lines
 from gpu.runner import Group, Run, Step
 
-# Instead of a faulty kernel, this worker's attention gives wrong results in the cases named after a fault. The test
-# covers the whole step: its processes, cases, reference, budget and lines.
+# A worker process with a faulty attention op in place of a faulty kernel: the op misbehaves in the cases named after a
+# fault. The tests cover the whole step: its processes, cases, reference, budget and lines.
 PLANTED = """
 import os, sys, time
 import torch, swinkernels
@@ -20,7 +20,7 @@ from gpu import __main__ as command, smoke
 from swinkernels.testing import WindowAttentionCase
 
 FAULTS = ("none", "wrong scale in dk", "NaN in out", "crash", "hang", "none again")
-# Each fault has a map of another size, by which the planted op recognises it.
+# Each case has a map of a different size, by which the faulty op recognises it.
 smoke.ATTENTION = {name: WindowAttentionCase(1, (4, 4 * (i + 1)), 1, 8, 4, 2) for i, name in enumerate(FAULTS)}
 smoke.tiny = lambda case: case
 real = swinkernels.window_attention_qkvpacked
@@ -74,7 +74,7 @@ def test_a_planted_fault_is_one_bad_line(run: Run, case: str, result: str, detai
     (bad,) = (line for line in run.lines if line["case"] == case and line["result"] in lines.BAD)
     assert bad["result"] == result
     assert detail in bad["detail"]
-    if case == "wrong scale in dk":  # the backward pass is wrong by one percent
+    if case == "wrong scale in dk":  # dk is off by one percent
         assert bad["direction"] == "bwd"
         assert bad["value"] > 100
 

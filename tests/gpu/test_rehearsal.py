@@ -1,4 +1,4 @@
-"""Tests all steps of `make gpu-check REHEARSE=1`, with the code for a GPU, on emulated and interpreted kernels."""
+"""Tests all steps of `make gpu-check REHEARSE=1`, which runs the code for a GPU on emulated and interpreted kernels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_line_says_where_it_is_from(run) -> None:
     first = next(i for i, line in enumerate(found) if line["step"] == "info")
     for line in found[first:]:
         assert all(line[key] for key in ("step", "case", "result", "device", "torch", "commit", "date"))
-        assert line["rehearsed"]  # no page is generated from it
+        assert line["rehearsed"]  # generated pages leave out rehearsals
 
 
 def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
@@ -64,7 +64,7 @@ def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
     norms = {op for op, bench in memory_bound.BENCHES.items() if bench.bare_backward}
     assert norms <= {op for op, *_ in seen}
     of_cases = {x["case"] for x in found if x["step"] == "smoke" and x["group"] == "attention cuda bfloat16 0/1"}
-    assert of_cases >= {*smoke.ATTENTION} - {f"swin_t.{i}" for i in (2, 3)}  # made tiny, they equal swin_t.1
+    assert of_cases >= {*smoke.ATTENTION} - {f"swin_t.{i}" for i in (2, 3)}  # their tiny versions equal swin_t.1's
     of_triton = {(x["op"], x["direction"]) for x in found if x["step"] == "smoke" and x.get("backend") == "triton"}
     assert {("window_attention", "fwd"), ("window_attention", "bwd"), ("window_partition", "fwd")} <= of_triton
 
@@ -94,7 +94,7 @@ def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> Non
         ("sm_86", (100 * 1024, 128, 0), 0),
         ("sm_90", (100 * 1024, 128, 0), 2),
         ("sm_86", (0, 512, 0), 3),
-        ("sm_90", (0, 128, 168), 3),  # 65536 registers are 12 warps of 168 * 32
+        ("sm_90", (0, 128, 168), 3),  # 65536 registers suffice for 12 warps of 168 * 32
         ("sm_90", (0, 512, 168), 0),
     ],
 )

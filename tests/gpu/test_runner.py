@@ -14,7 +14,8 @@ from benchmarks import gpu_page
 from gpu import lines, summary
 from gpu.runner import Group, Run, Step
 
-# A step's process in the runner's protocol, with three cases. The group's name selects the behaviour of the second.
+# A worker process that follows the runner's protocol. It has three cases, and the group's name selects the behaviour of
+# the second case.
 WORKER = """
 import json, os, signal, subprocess, sys, time
 step, group, _, descriptor, _, skip = sys.argv[1:]

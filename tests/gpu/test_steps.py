@@ -51,7 +51,7 @@ def test_the_steps_fit_the_time_and_come_in_order() -> None:
     steps = [step for step in plan.steps(Setting()) if step.name != "build"]
     assert [step.name for step in steps] == list(plan.DEFAULT)
     bounded = [step for step in steps if not step.takes_what_is_left]
-    assert sum(step.seconds for step in bounded) + 90 <= 480  # the last step has time left
+    assert sum(step.seconds for step in bounded) + 90 <= 480  # time is left for the last step
     assert all(step.patience <= step.seconds or step.takes_what_is_left for step in steps)
     groups = [group.name for step in steps if step.name == "smoke" for group in step.groups]
     for backend in ("cuda", "triton"):
@@ -84,7 +84,7 @@ def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys:
 
 @pytest.mark.parametrize("name", smoke.ATTENTION)
 def test_the_reference_mixes_no_devices(name: str) -> None:
-    """The reference runs on tensors without data, on a device that, like a GPU, refuses operations with CPU tensors."""
+    """The reference runs on the meta device, which, like a GPU, refuses operations with CPU tensors."""
     case = smoke.tiny(smoke.ATTENTION[name])
     options = {key: value for key, value in case.options.items() if key != "dropout_p"}  # no draws on meta
     case = dataclasses.replace(case, options=options)
@@ -101,7 +101,7 @@ def test_the_reference_mixes_no_devices(name: str) -> None:
 
 
 def fake_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int, words: str) -> Path:
-    """Install a compute-sanitizer that records how it was called."""
+    """Put a fake compute-sanitizer on the PATH, and return the path of the file to which it writes its calls."""
     log, program = folder / "calls", folder / "compute-sanitizer"
     program.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
@@ -243,7 +243,7 @@ def test_other_bits_are_counted() -> None:
 
 
 def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each architecture runs the kernel that fits its shared memory; a kernel of which no block fits is an error."""
+    """Each architecture runs the kernel that fits its shared memory; if no block of a kernel fits, that is an error."""
 
     class Emulated:
         def __init__(self, path: Path) -> None:
@@ -255,7 +255,7 @@ def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.Monk
         def launches(self) -> list[emulation.Launch]:
             self.waiting -= 1
             if self.waiting == 2:
-                return []  # drop the launches of earlier calls
+                return []  # the first call discards the launches of earlier ops
             name, smem_bytes = ("plain_long", 120 * 1024) if self.room > 120 * 1024 else ("long", 80 * 1024)
             direction = "fwd" if self.waiting == 1 else "bwd"
             return [emulation.Launch(f"_Z9window_attention_{direction}_{name}_kernelIfE", smem_bytes, 256)]
@@ -292,7 +292,7 @@ def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.Monk
 def test_a_bundle_has_what_a_bare_machine_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The bundle has its commit, and pure Python packages from pip, but no module compiled for this Python."""
+    """The bundle has a COMMIT file and pure Python packages from pip, but no module compiled for one Python version."""
     if not list((bundle.ROOT / "swinkernels").glob("_ops*.so")):
         pytest.skip("the extension is not built")
     (tmp_path / "wheel").mkdir()

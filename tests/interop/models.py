@@ -19,7 +19,7 @@ _TINY = {"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)
 
 
 class Restoration(nn.Module):
-    """Calls blocks as SwinIR does: with tokens and the map size, and adds the input at the end."""
+    """A model that calls its blocks as SwinIR does, with tokens and the map size, and adds its input to the output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,9 +74,9 @@ def image(shape: tuple[int, ...]) -> Tensor:
 
 
 def shapes(name: str) -> list[tuple[int, ...]]:
-    """Return inputs for the exported model: one with the shape used at export, and others."""
+    """Return input shapes for the exported model ``name``: the shape used at export, and others."""
     _, shape, axes = MODELS[name]
     others = [tuple(s + 1 if axis == 0 else s for axis, s in enumerate(shape))] if 0 in axes else []
-    if len(axes) > 1:  # some shapes need padding that the first shape does not, others need none
+    if len(axes) > 1:  # the first of these shapes needs padding, the second does not
         others += [(3, shape[1], 42, 38), (2, shape[1], 32, 48)]
     return [shape, *others]

@@ -4,9 +4,9 @@
     python -m tests.interop.table                              # write the table from them
 
 The mark ``tool(name, package, how, works=True)`` names the tool that a test covers, the distribution whose version
-counts, and a note for the reader. A row holds if all tests of its tool that ran passed. If all were skipped because the
-package is missing, the row of the last run stays. A test of an unsupported tool passes if the tool refuses, and reports
-its message: ``record_property("words", ...)``.
+is shown, and a note for the reader. A row is confirmed if all tests of its tool that ran passed. If all were skipped
+because the package is missing, the row of an earlier run is kept. A test of an unsupported tool passes if the tool
+raises an error, and records the error's message with ``record_property("words", ...)``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Recorder:
 
     @pytest.hookimpl
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if not hasattr(session.config, "workerinput"):  # the process that gets all results
+        if not hasattr(session.config, "workerinput"):  # the process that collects all results
             self._path.write_text(json.dumps({**read(self._path), **self._rows}, indent=2, sort_keys=True) + "\n")
 
 

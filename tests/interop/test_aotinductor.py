@@ -46,7 +46,7 @@ def test_a_program_without_python(tmp_path: Path) -> None:
     for binary in (program, library):
         assert "python" not in re.sub(r"=> \S+", "", run("ldd", binary).stdout), "neither links Python"
 
-    # The library provides the package's ops; the error names the missing op or the missing library.
+    # Without the package's op library, the error names the missing op or the missing library.
     for wrong, said in (("libm.so.6", "Could not find schema for swinkernels::"), ("none.so", "none.so: cannot open")):
         failed = run(program, wrong, tmp_path)
         assert failed.returncode == 1

@@ -28,7 +28,7 @@ def program() -> torch.export.ExportedProgram:
 
 
 def load_elsewhere(folder: Path, saved: torch.export.ExportedProgram) -> subprocess.CompletedProcess[str]:
-    """Load and run a saved program in a process that does not import this package."""
+    """Save a program to ``folder``, then load and run it in a process that does not import this package."""
     paths = [folder / name for name in ("program.pt2", "x.pt", "out.pt")]
     torch.export.save(saved, paths[0])
     torch.save(image((2, 3, 32, 32)), paths[1])

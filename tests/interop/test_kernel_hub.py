@@ -84,7 +84,7 @@ def test_build_toml(project: Path) -> None:
     assert rust.Build.open(project).general.backends == [rust.Backend.CPU, rust.Backend.CUDA]
 
 
-# kernel-builder generates these two files.
+# Stand-ins for two files that kernel-builder generates.
 REGISTRATION = """\
 #include <Python.h>
 #define SHOWN_(name) #name
@@ -107,7 +107,7 @@ def add_op_namespace_prefix(name):
 
 
 def build_for_the_cpu(project: Path, variant: Path) -> None:
-    """Build the project for the CPU as kernel-builder does."""
+    """Build the project for the CPU, as kernel-builder does, in the folder ``variant``."""
     import tomllib
 
     build = tomllib.loads((project / "build.toml").read_text())

@@ -1,4 +1,4 @@
-"""Tests accelerated models as ONNX files: ONNX Runtime and OpenVINO return the results of the original model."""
+"""Tests accelerated models exported to ONNX: ONNX Runtime and OpenVINO return the results of the original models."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_onnx_runtime(name: str, tmp_path: Path) -> None:
 
 
 def check_openvino(source: Any, name: str) -> None:
-    """Check that OpenVINO's model of a file or a program returns the results of the original."""
+    """Check that ``source``, an ONNX file or an exported program, returns the original model's results in OpenVINO."""
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     exact = {"INFERENCE_PRECISION_HINT": "f32"}  # the default is bfloat16 if the CPU supports it
     compiled = openvino.compile_model(openvino.convert_model(source), "CPU", exact)
@@ -90,7 +90,7 @@ def test_openvino_without_onnx(name: str) -> None:
 
 
 class Others(nn.Module):
-    """Calls the ops that have kernels only on a GPU. The exported model runs none of these kernels."""
+    """A model that calls the ops whose kernels exist only for GPUs. The exported model runs none of these kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
         ops = torch.ops.swinkernels

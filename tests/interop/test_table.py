@@ -24,7 +24,7 @@ def test_the_page_is_written_from_the_results() -> None:
 
 
 def test_every_tool_has_a_row_and_every_row_its_tests() -> None:
-    """A tool without marked tests must be removed from the results."""
+    """The recorded results list the tools and test files of all ``tool`` marks, and no others."""
     mark = re.compile(r"""mark\.tool\(\s*(["'])(.+?)\1""")
     sources = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
     marked = {(name, path) for path, text in sources.items() for _, name in mark.findall(text) if path != THIS}
@@ -63,7 +63,7 @@ def test_refused(record_property): record_property("words", "not E")
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.long)])
 def test_the_recorder(tmp_path: Path, workers: str, request: pytest.FixtureRequest) -> None:
-    """A row records a failure, and stays as it was if all its tests were skipped, even with several workers."""
+    """A failed test is recorded, and a row whose tests are all skipped is left unchanged, also with several workers."""
     if workers != "0":
         pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     (tmp_path / "test_probe.py").write_text(PROBE)

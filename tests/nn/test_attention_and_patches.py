@@ -37,7 +37,7 @@ monai = functools.partial(published, "monai.networks.nets.swin_unetr")
 
 @functools.cache
 def monai_order() -> str:
-    """Return "monai", PatchMerging's neighbour order since MONAI 1.5, or "monai_legacy" for an older MONAI."""
+    """Return the neighbour order of MONAI's PatchMerging: "monai" since MONAI 1.5, "monai_legacy" before."""
     probe = monai("PatchMerging", 1, norm_layer=lambda n: nn.Identity(), spatial_dims=3)
     probe.reduction = nn.Identity()
     merged = probe(torch.arange(8.0).reshape(1, 2, 2, 2, 1))
@@ -65,7 +65,7 @@ class MicrosoftPatchMerging(nn.Module):
 
 
 class SwinUnetPatchExpand(nn.Module):
-    """Expands patches exactly as Swin-Unet does, with einops on sequences; factor 4 is FinalPatchExpand_X4."""
+    """Expands patches exactly as Swin-Unet does, with einops on sequences; factor=4 is its FinalPatchExpand_X4."""
 
     def __init__(self, size: tuple[int, int], dim: int, factor: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class SwinUnetPatchExpand(nn.Module):
 
 @dataclass(frozen=True)
 class Pair:
-    """This package's module and the published one, a shape of x, and the differences between their interfaces."""
+    """A module of this package, its published counterpart, the shape of x, and how the two interfaces differ."""
 
     ours: Callable[[], nn.Module]
     theirs: Callable[[], nn.Module]
@@ -115,7 +115,7 @@ class Pair:
         return {"out": out.detach(), **dict(zip(values, grads, strict=True))}
 
 
-# Permutes channels last to channels first, the layout of MONAI's PatchEmbed.
+# Permutes channels-last to channels-first, the layout of MONAI's PatchEmbed.
 first = lambda y: y.movedim(-1, 1)  # noqa: E731
 PAIRS = {
     "timm": Pair(lambda: PatchMerging(C), lambda: timm("PatchMerging", C), (2, 5, 4, C)),
@@ -129,7 +129,7 @@ PAIRS = {
     ),
     "torchvision": Pair(lambda: PatchMerging(C), lambda: torchvision("PatchMerging", C), (2, 4, 5, C)),
     "torchvision_v2": Pair(lambda: PatchMergingV2(C), lambda: torchvision("PatchMergingV2", C), (2, 3, 6, C)),
-    # Video-Swin merges a 3D map frame by frame, which torchvision's module does with the frames in the batch.
+    # Video-Swin merges a 3D map frame by frame; torchvision's module does so because it treats frames as a batch axis.
     "frames": Pair(lambda: PatchMerging(C), lambda: torchvision("PatchMerging", C), (2, 3, 5, 4, C)),
     "monai_2d": Pair(
         lambda: PatchMerging(C, order="monai"), lambda: monai("PatchMerging", C, spatial_dims=2), (2, 5, 4, C)
@@ -205,7 +205,7 @@ def test_published_module(pair, dtype, tolerance):
 
 @every_pair
 def test_bfloat16(pair):
-    """A bfloat16 model computes in bfloat16 throughout; the error is at most a few roundings."""
+    """All results of a bfloat16 model are bfloat16; the output's error is at most a few roundings."""
     ours, theirs = pair.modules()
     ours = ours.bfloat16()
     theirs.load_state_dict({k: v.bfloat16().double() for k, v in theirs.state_dict().items()})
@@ -227,8 +227,8 @@ def test_state_dict_of_ours_loads_into_theirs(pair):
 
 @every_pair
 def test_initialisation_is_the_published_one(pair):
-    """Both modules draw their parameters in the same order, so the same seed gives the same parameters."""
-    pair.ours()  # the first call may build a module to find its order
+    """Both modules draw their initial parameters in the same order, so the same seed gives the same parameters."""
+    pair.ours()  # the first call may run monai_order, whose probe module draws random numbers
     torch.manual_seed(3)
     expected = pair.by_our_names(pair.theirs().state_dict())
     torch.manual_seed(3)
@@ -242,7 +242,7 @@ def test_initialisation_is_the_published_one(pair):
 @every_pair
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(pair, low):
-    """Result dtypes equal those of torch's layers on a GPU: half precision for a Linear, float32 for a norm."""
+    """Under autocast, outputs have the dtypes of torch's layers on a GPU: a Linear's is ``low``, a norm's float32."""
     ours, theirs = (m.float() for m in pair.modules())
     ends_with_norm = not isinstance(ours, PatchMerging) and ours.norm is not None
     with torch.autocast("cpu", low):
@@ -319,7 +319,7 @@ def test_a_sequence_is_its_map(name, spatial_dims, size):
 
 
 def test_expanding_in_3d():
-    """With two axes each frame is expanded separately; with three the parts are row-major."""
+    """With spatial_dims=2, each frame is expanded separately; with 3, a token's parts are in row-major order."""
     x = draw(2, 3, 2, 4, C).float()
     frames = PatchExpand(C, 5)
     assert torch.equal(frames(x)[:, 1], frames(x[:, 1]))
@@ -357,7 +357,7 @@ def test_meta_device_and_dtype():
 
 
 def test_embed_is_contiguous_channels_last():
-    """The convolution writes the map in its final layout, without a copy afterwards."""
+    """The convolution writes the map in its final layout, so no copy is needed."""
     for has_norm in (False, True):
         assert PatchEmbed(norm=has_norm)(draw(2, 3, 8, 12).float()).is_contiguous()
 
@@ -402,7 +402,7 @@ def test_repr():
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(4, 4)), ValueError, ["L = 16", "(4, 4)", "(2, 20, 6)"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=20), TypeError, ["PatchMerging: size", "(H, W)", "20"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(20,)), ValueError, ["PatchMerging: size", "(H, W)", "(20,)"]),
-        # twice the channels could be mistaken for a third spatial axis
+        # unchecked, the op would merge two axes instead of three, because 4 * 12 = 8 * 6
         (lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 4, 12)), ValueError, ["dim = 6 channels", "got 12"]),
         (
             lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 6)),

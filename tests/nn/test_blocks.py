@@ -44,7 +44,7 @@ def make_map(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def check(
     ours: nn.Module, theirs: nn.Module, x: Tensor, *sizes: Any, renamed: tuple[tuple[str, str], ...] = ()
 ) -> None:
-    """Load strictly and compare outputs and every gradient, in float64 and in the dtype of x."""
+    """Load ``theirs`` into ``ours`` strictly; compare outputs and all gradients in float64 and in ``x.dtype``."""
     randomise(theirs)
     state = theirs.state_dict()
     for a, b in renamed:
@@ -82,9 +82,9 @@ def test_block_is_timms(version, shift, size):
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("version", [1, 2])
 def test_block_is_microsofts(version, shift, size):
-    """Sequences and checkpoints with relative_position_index and attn_mask work as in Microsoft's block."""
+    """A block takes sequences, and checkpoints with relative_position_index and attn_mask, as Microsoft's does."""
     theirs = (ClassificationBlock, ClassificationBlockV2)[version - 1](16, size, 2, 4, shift)
-    if version == 2:  # 512 is the width in Microsoft's code
+    if version == 2:  # Microsoft's code has 512 hidden features
         theirs.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2, bias=False))
     ours = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, size, 2, 4, shift, mlp_ratio=2.0)
     x = make_map(2, size[0] * size[1], 16)
@@ -152,7 +152,7 @@ def test_windows_of_three_axes_and_frame_by_frame():
 
 
 def test_small_maps_clip_like_a_slice_of_the_index():
-    """For a clamped window, MONAI and Video-Swin use the first rows and columns of the full window's index."""
+    """For a clipped window, MONAI and Video-Swin use the first rows and columns of the full relative position index."""
     attention = sn.WindowAttention(16, (4, 4), 2, small_maps="clip").double()
     randomise(attention)
     x = make_map(1, 2, 8, 16, dtype=torch.float64)
@@ -208,7 +208,7 @@ def test_a_training_step_of_a_tiny_model_keeps_at_most_three_fifths_of_timms(ver
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
-    """A block whose modules are hooked or replaced calls them one by one, with the same results as the halves."""
+    """A block calls its hooked or replaced submodules one by one; hooks do not change the results of the halves."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, (9, 14), 2, 4, 2).double()
     randomise(block)
     x = make_map(2, 9, 14, 16, dtype=torch.float64)
@@ -216,7 +216,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
     expected = run(block, x)
     for name in ("attn", "attn.qkv", "attn.proj", "attn.proj_drop", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "mlp.drop"):
         if name == "attn.qkv" and version == 2:
-            continue  # the bias is a separate parameter; the layer is never called
+            continue  # q_bias and v_bias are parameters of attn, so attn.qkv itself is never called
         seen = []
         with block.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1)):
             assert_as_good(run(block, x), expected, expected)
@@ -234,7 +234,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("version", [1, 2])
 def test_inference_on_a_cpu_fuses_the_products_of_halves(version, training):
-    """Inference fuses qkv, proj, fc1 with GELU and fc2; in training mode the random numbers equal timm's."""
+    """Without gradients, qkv, proj, fc1 with GELU, and fc2 are fused; in training mode, drop path draws as in timm."""
     reason = why_not_fused(torch.float32)
     if reason is not None:
         pytest.skip(reason)
@@ -255,7 +255,7 @@ def test_inference_on_a_cpu_fuses_the_products_of_halves(version, training):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_stochastic_depth_of_halves_in_a_checkpoint(version):
-    """Recomputation in a checkpoint draws the same random numbers as the first pass."""
+    """Recomputation under activation checkpointing draws the same random numbers as the first forward pass."""
     layer = (sn.BasicLayer, sn.BasicLayerV2)[version - 1](16, (8, 8), 2, 2, 4, drop_path=0.5).double().train()
     randomise(layer)
     results, x = [], make_map(6, 8, 8, 16, dtype=torch.float64)
@@ -279,7 +279,7 @@ def test_drop_path_is_timms():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_norms_and_residual_connections_on_ops(version):
-    """With backend="reference" a block calls the ops as with a fast backend, also with stochastic depth."""
+    """A block with backend="reference" gives the results of backend="auto", also with stochastic depth."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
     make = functools.partial(block, 16, (9, 14), 2, 4, 2, drop_path=0.5)
     plain, on_ops = make().double().train(), make(backend="reference").double().train()
@@ -364,7 +364,7 @@ def test_tracing_is_refused_in_words_that_help():
 
 @pytest.mark.parametrize("accelerated", [False, True], ids=["ours", "timm"])
 def test_autocast_casts_each_weight_once_a_step(accelerated):
-    """Forward and backward of a block together cast each weight at most once."""
+    """The forward and backward pass of a block together cast each weight exactly once."""
     block = TimmBlock(16, (8, 8), 2, window_size=4) if accelerated else sn.SwinTransformerBlock(16, (8, 8), 2, 4)
     if accelerated:
         swinkernels.accelerate(block)

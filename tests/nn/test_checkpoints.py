@@ -94,7 +94,10 @@ def ours(version: int = 1, **options: Any) -> SwinTransformer:
 
 
 def scrambled(model: nn.Module) -> nn.Module:
-    """Move every parameter far from zero, so that loading to a wrong place or order changes the results."""
+    """Move every parameter far from zero, so that a parameter loaded to a wrong place changes the results.
+
+    Return the model in float64 and eval mode.
+    """
     randomise(model)
     for p in model.parameters():
         if p.dim() == 1:
@@ -245,7 +248,7 @@ def test_table_resized_as_mmpretrain_does(window):
     theirs = scrambled(mmpretrain_model(1)).float()
     model = ours(window_size=window, img_size=None)
     loaded = load_pretrained(model, theirs.state_dict())
-    # SciPy removed interp2d, which mmpretrain calls; this is its documented successor for regular grids.
+    # SciPy removed interp2d, which mmpretrain calls; RectBivariateSpline replaces it on regular grids.
     places = []
     for w in window:
         low, high = 1.01, 1.5

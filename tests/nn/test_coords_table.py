@@ -1,4 +1,4 @@
-"""Tests that v2's table of offsets, which no checkpoint contains, is correct after any way of loading weights."""
+"""Tests that v2's relative_coords_table, a non-persistent buffer, is correct after any way of loading weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swinkernels.nn import WindowAttentionV2
 
 
 def published_table(window: int, pretrained: int = 0) -> Tensor:
-    """Return Microsoft's table, (1, 2 * window - 1, 2 * window - 1, 2) in float32."""
+    """Return Microsoft's relative_coords_table, (1, 2 * window - 1, 2 * window - 1, 2) in float32."""
     offset = torch.arange(-(window - 1), window, dtype=torch.float32)
     table = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), dim=-1)[None] / ((pretrained or window) - 1) * 8
     return table.sign() * torch.log2(table.abs() + 1.0) / 3.0

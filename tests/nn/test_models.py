@@ -1,4 +1,4 @@
-"""Tests swinkernels.models against timm's models with the same weights, and against plain code."""
+"""Tests swinkernels.models against timm's models with the same weights, and Swin-Unet against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _seed() -> None:
 
 
 def of_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename timm's keys to Microsoft's, in which merging is at the end of a stage and the head has another name."""
+    """Return ``state`` with Microsoft's keys: merging belongs to the previous stage, and ``head.fc`` is ``head``."""
 
     def renamed(key: str) -> str:
         key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
@@ -84,7 +84,7 @@ def test_any_size_and_training_with_checkpoints(version):
 
 
 def plain_unet(model: SwinUnet, x: Tensor) -> Tensor:
-    """Compute Swin-Unet's forward on sequences, with the modules of a model of three stages."""
+    """Compute the forward pass of a Swin-Unet of three stages on sequences, with the modules of ``model``."""
     x = model.patch_embed.proj(x)
     height, width = x.shape[2:]
     x = model.patch_embed.norm(x.flatten(2).transpose(1, 2))

@@ -1,5 +1,5 @@
-"""Decomposed relative positions, keys of a larger window, and tables with window types, on every backend that supports
-them, compared with the reference.
+"""Tests decomposed relative positions, key windows and bias tables with window types against the reference, on every
+backend that supports them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_the_torch_backend_rounds_as_plain_pytorch_does(name, dtype):
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_gradients_the_result_is_the_same(name):
-    """Without gradients, torch's fused kernel runs on a CPU for windows of 128 tokens or more."""
+    """The output is the same without gradients; scaled_dot_product_attention then runs unless logit_scale is given."""
     case = CASES[name]
     inputs = {name: x.double() for name, x in case.inputs(torch.float32).items()}
     op = functools.partial(swinkernels.window_attention_qkvpacked, backend="torch")
@@ -113,7 +113,7 @@ def test_the_cpu_kernels(name, op):
 
 
 def test_a_compiled_call_with_axis_tables_is_the_call():
-    """Compiled and eager outputs and gradients agree, although the op gets the tables concatenated into one tensor."""
+    """Compiled and eager outputs and gradients agree; the op takes the axis tables concatenated into one tensor."""
     case = AXIS_TABLES["window 4, shifted"]
     inputs, arguments = case.inputs(torch.float32), {**case.arguments(), "backend": "auto"}
     op = swinkernels.window_attention_qkvpacked
@@ -179,7 +179,7 @@ def test_a_call_is_looked_up_by_the_shapes_of_its_axis_tables():
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 def test_a_key_window_reads_pads_of_a_map_of_whole_windows(backend):
-    """The reference is swinkernels.reference itself, which gets the arguments unchanged."""
+    """Output and gradients equal those of a direct call of swinkernels.reference with the same arguments."""
     torch.manual_seed(0)
     dtype = torch.float32 if backend == "cpu" else torch.float64
     qkv, pad = torch.randn(1, 4, 4, 3 * 16, dtype=dtype), torch.randn(3 * 16, dtype=dtype)

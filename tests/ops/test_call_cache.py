@@ -76,7 +76,7 @@ def test_a_known_call_is_not_checked_again(monkeypatch):
     ids=str,
 )
 def test_equal_is_not_the_same(right, wrong):
-    """True, 1 and 1.0 are the same dictionary key, but a call may accept one and must refuse another."""
+    """True, 1 and 1.0 are the same dictionary key, but an argument may allow only one of them."""
     given = {"qkv": torch.zeros(1, 2, 3, 12), "num_heads": 2, "window_size": (2, 3)}
     attend(**{**given, **right})
     assert next(iter(right.values())) == next(iter(wrong.values()))
@@ -135,7 +135,10 @@ def test_autocast_is_asked_at_every_call():
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_the_tf32_switch_is_asked_at_every_call(allow_tf32, allowed):
-    """The switch affects only float32 on a GPU, so the test modifies the plan of a CPU call to read the switch."""
+    """Each call reads the TF32 switch.
+
+    The switch affects only float32 on a GPU, so the test makes the plan of a CPU call read it.
+    """
     seen = []
     qkv = PLAIN.inputs(torch.float32)["qkv"]
     attend(qkv, **PLAIN.arguments())
@@ -241,7 +244,7 @@ def test_a_call_returns_the_gradient_that_is_wanted(wanted):
 
 @needs_cpu
 def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
-    """Without gradients, or without a tensor that requires one, the op's arguments request no lse."""
+    """The op is called with needs_lse=0 if gradients are disabled or no tensor requires one."""
     seen = []
     op = module._FORWARD["window_attention_qkvpacked", ""]
 
@@ -267,7 +270,7 @@ def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
 
 @needs_cpu
 def test_modes_and_subclasses_see_the_op_itself():
-    """The short path is for plain eager PyTorch; code that inspects ops gets the ops with a fake and a derivative."""
+    """Only plain eager calls take the short path; modes and subclasses see the registered ops, forward and backward."""
     seen = []
 
     class Watch(TorchDispatchMode):
@@ -324,7 +327,7 @@ def test_a_gradient_of_nothing_is_refused_by_the_binding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_weights(case, dtype):
-    """The weights are probabilities, the output is v weighted by them, and returning them changes nothing else."""
+    """Attention weights are probabilities and equal the reference's; returning them does not change the output."""
     inputs = {k: v.to(dtype) for k, v in case.inputs(torch.float32).items() if k != "dout"}
     out, weights = attend(**inputs, **case.arguments(), return_attention=True)
     eps = torch.finfo(dtype).eps
@@ -349,7 +352,7 @@ def test_attention_weights_of_both_forms_and_their_gradients():
     q, k, v = qkv.unflatten(-1, (3, 2, 8)).unbind(-3)
     apart = swinkernels.window_attention(q, k, v, table, **PLAIN.arguments(), return_attention=True)
     assert torch.equal(weights, apart[1])
-    # The gradient through the weights alone, compared with a finite difference along a random direction.
+    # The gradient through the attention weights alone, compared with a finite difference along a random direction.
     direction, g = torch.randn_like(qkv), torch.randn_like(weights)
     dqkv, dtable = torch.autograd.grad((weights * g).sum(), (qkv, table))
     assert dtable.abs().max() > 0
@@ -400,7 +403,7 @@ def test_attention_weights_compile():
 ops = swinkernels.ops
 X, W = torch.zeros(2, 4, 6, 8), torch.ones(8)
 WINDOWS = torch.zeros(16, 3, 8)
-# An op, a valid call, and an invalid argument that the op detects.
+# For each op, the arguments of a valid call, and the function in _arguments that checks them.
 OTHERS = {
     "layer_norm": ({"x": X, "weight": W}, "check_rows"),
     "residual_layer_norm": ({"x": X, "y": X, "weight": W, "bias": W}, "check_rows"),

@@ -47,7 +47,7 @@ def make_call(*, requires_grad: bool = False) -> Callable[[], Tensor]:
 
 
 def path_of(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
-    """Return the package's functions that a call enters, and those on the stack when it calls the op."""
+    """Return the names of this package's functions that ``call`` enters, and of those on the stack at the op's call."""
     entered: list[str] = []
     stack: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Tests that the forward ops, decomposed into plain PyTorch, give the same results, also in exports of dynamic size."""
+"""Tests that the forward ops, decomposed into plain PyTorch, give the same results, also in dynamic-shape exports."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def targets(program: torch.export.ExportedProgram) -> set[str]:
 )
 @pytest.mark.tool("`run_decompositions(swinkernels.decompositions())`", "torch", "core ATen, any size in one program")
 def test_one_program_serves_all_sizes(case: Case) -> None:
-    """No guard of the program depends on divisibility by the window, and the program uses ops unless decomposed."""
+    """An exported program has no guard on divisibility by the window, and contains the op until it is decomposed."""
     dynamic = dict.fromkeys(range(1 + len(case.size)), Dim.DYNAMIC)
     inputs = case.inputs(torch.float32)
     tables = {n: x for n, x in inputs.items() if n not in ("qkv", "dout")}
@@ -157,6 +157,6 @@ def test_one_program_serves_all_sizes(case: Case) -> None:
 
 
 def test_fakes_of_symbolic_sizes_are_the_ops_own() -> None:
-    """The ops use their own fakes: those of the decompositions would add operations to compiled graphs' guards."""
+    """For symbolic sizes, fake tensors use the ops' own fakes; decompositions would complicate a graph's guards."""
     assert all(op in torch._decomp.meta_table for op in DECOMPOSITIONS)
     assert not any(op in torch.export.default_decompositions() for op in DECOMPOSITIONS)

@@ -22,7 +22,7 @@ needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=
 
 
 def count(call: Any, *inputs: Tensor) -> tuple[int, int]:
-    """Return the forward and backward FLOPs."""
+    """Return the FLOPs of ``call(*inputs)`` and of its backward pass."""
     with FlopCounterMode(display=False) as counter:
         out = call(*inputs)
         forward = counter.get_total_flops()
@@ -55,7 +55,7 @@ def test_formulas_wait_for_the_counter() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("size", [(8, 12), (7, 10), (4, 5, 9)])
 def test_window_attention_counts_as_plain_code(packed: bool, size: tuple[int, ...]) -> None:
-    """The count includes whole windows of the padded map, for the op and for plain PyTorch, also on meta tensors."""
+    """FLOPs are those of the padded map's windows, for the op and for plain PyTorch, also on meta tensors."""
 
     def attend(backend: str, device: str) -> tuple[int, int]:
         qkv = torch.zeros(2, *size, 3, 2, 6, device=device, requires_grad=True)

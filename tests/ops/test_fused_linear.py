@@ -1,4 +1,4 @@
-"""Tests Linear layers with GELU or a residual connection: one pass on a CPU, or separate calls."""
+"""Tests Linear layers with GELU or a residual connection: fused on a CPU, or as separate calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def need_fused(dtype: torch.dtype) -> None:
 
 
 def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw x, weight, bias and residual."""
+    """Return random x, weight, bias and residual."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((*ROWS, IN), (OUT, IN), (OUT,), (*ROWS, OUT))
     x, weight, bias, residual = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -55,7 +55,7 @@ def test_results(gelu, is_added, has_bias, dtype):
 
 
 def test_other_strides():
-    """Any tensor may be strided, even a bias, which oneDNN would read as if it were contiguous."""
+    """Any tensor may be strided. oneDNN itself would read a strided bias as if it were contiguous."""
     need_fused(torch.float32)
     x, weight, bias, residual = draw()
     strided_x, strided_weight = x.transpose(0, 1).contiguous().transpose(0, 1), weight.t().contiguous().t()
@@ -96,11 +96,11 @@ def test_which_calls_are_fused():
 
 
 class Marked(Tensor):
-    """A subclass of Tensor that changes nothing."""
+    """A subclass of Tensor that overrides nothing."""
 
 
 def test_what_others_see_is_not_fused():
-    """Compilers, exporters, tracers, dispatch modes, transforms and subclasses get torch's own functions."""
+    """torch's own functions run under compilers, exporters, tracers, modes and transforms, and for subclasses."""
     x, weight, bias, residual = draw()
     expected = plain(x, weight, bias, None, residual)
 
@@ -138,11 +138,11 @@ def test_float32_is_float32_until_torch_is_told_otherwise():
     finally:
         matmul.fp32_precision = before
     assert errors[0][0] < 1e-5
-    assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # if oneDNN has bfloat16 products, both use them
+    assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # both use oneDNN's bfloat16 products, or neither does
 
 
 def test_a_halfs_products_on_a_cpu():
-    """In inference an MLP half makes one call for fc1 with GELU, and one for fc2 with the residual connection."""
+    """In inference, mlp_half makes one fused call for fc1 with GELU and one for fc2 with the residual connection."""
     need_fused(torch.float32)
     generator = torch.Generator().manual_seed(1)
     c = 32

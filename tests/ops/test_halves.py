@@ -1,4 +1,4 @@
-"""Tests the halves of a block against the reference and torch's modules, and the bytes kept for backward."""
+"""Tests attention_half and mlp_half against the reference and torch's modules, and the bytes kept for backward."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPS = ("attention_half", "mlp_half")
 
 
 def case(op: str, size: tuple[int, ...] = (6, 7), *, norm: str = "pre", full: bool = True) -> tuple[list, dict]:
-    """Return float64 arguments: the tensors of a half in order, and its other arguments."""
+    """Return the arguments of ``op`` in float64: the list of positional tensors, and the keyword arguments."""
     shapes = {"attention_half": (3 * C, C, C), "mlp_half": (HIDDEN, C, HIDDEN)}[op]
     rows, width, inner = shapes
     tensors = [
@@ -53,7 +53,7 @@ def differentiable(tensors: list, options: dict) -> list[Tensor]:
 
 
 def plain_half(op: str, tensors: list, options: dict) -> Tensor:
-    """Compute the half of a block with torch's own functions around window attention, as published blocks do."""
+    """Compute a half with torch's own norm, Linear and GELU, and this package's attention, as published blocks do."""
     x, norm_weight, norm_bias, first, first_bias, last, last_bias, *table = tensors
     options = dict(options)
     norm, d, gamma = options.pop("norm"), options.pop("drop_path_scale", None), options.pop("layer_scale", None)
@@ -119,7 +119,10 @@ def test_the_half_before_is_added_first(norm, scale):
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_both_derivatives_where_the_half_before_is_added(norm, is_frozen, scale):
-    """The norm and the residual connection both read the sum, so its gradient has two parts; a branch may be frozen."""
+    """The norm and the residual connection both read x + branch, so its gradient has two terms.
+
+    ``branch`` itself may be frozen.
+    """
     (x, *parameters), options = case("mlp_half", (2, 3), norm=norm)
     branch = draw(*x.shape, seed=12)
     leaves = [t.requires_grad_() for t in (x, *parameters, *([] if is_frozen else [branch]))]
@@ -150,7 +153,7 @@ def test_a_scale_that_learns():
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels):
-    """Plain PyTorch replaces the CUDA kernels of the norms."""
+    """mlp_half with backend="cuda" agrees with the reference; plain PyTorch replaces the CUDA kernels of the norms."""
     dtype = torch.float32 if dtypes == "autocast" else getattr(torch, dtypes)
     tensors, options = case("mlp_half", norm=norm, full=False)
     tensors = [draw(*shape, seed=i) for i, shape in enumerate(s.shape for s in case("mlp_half")[0])]
@@ -164,7 +167,7 @@ def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels
         return function(*rest, **join, **options, **others)
 
     low = [t.to(dtype).requires_grad_() for t in tensors]
-    if joined and dtypes == "autocast":  # the result of the previous half
+    if joined and dtypes == "autocast":  # the branch is the previous half's result in bfloat16
         low[-1] = low[-1].detach().bfloat16().requires_grad_()
     wide = [t.detach().double().requires_grad_() for t in low]
     exact = half(wide, reference.mlp_half)
@@ -192,7 +195,7 @@ def test_tanh_gelu():
 @pytest.mark.parametrize("frozen", range(7))
 @pytest.mark.parametrize("op", OPS)
 def test_one_tensor_without_a_gradient(op, frozen):
-    """Inputs that need no gradient get none, and the gradients of the others do not change."""
+    """If one input does not require a gradient, the gradients of the others do not change."""
     tensors, options = case(op)
     leaves = [t.requires_grad_() for t in tensors]
     expected = torch.autograd.grad(getattr(reference, op)(*tensors, **options).sum(), leaves)
@@ -232,7 +235,7 @@ def test_transforms(op):
 
 
 def low_and_exact(op: str, tensors: list, options: dict, dtype: torch.dtype) -> tuple[list, dict, Tensor, tuple]:
-    """Return the arguments in a dtype, as leaves, and the reference's output and gradients for the same numbers."""
+    """Return the arguments as leaves of ``dtype``, and the reference's output and gradients for them in float64."""
     low = [t.to(dtype).requires_grad_() for t in tensors]
     low_options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
     wide = [t.detach().double().requires_grad_() for t in low]
@@ -251,7 +254,7 @@ def assert_close_enough(got: Tensor, low: list, exact: Tensor, gradients: tuple,
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("op", OPS)
 def test_autocast(op, norm):
-    """Products are in bfloat16; backward passes inside and outside autocast give the same gradients."""
+    """Matrix products are in bfloat16; backward passes inside and outside autocast give the same gradients."""
     low, options, exact, gradients = low_and_exact(op, *case(op, norm=norm), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = getattr(swinkernels, op)(*low, **options)
@@ -288,7 +291,7 @@ def test_compile_in_one_graph(op, dynamic):
 
 
 class Half(nn.Module):
-    """Wraps a half as a module, for exporters."""
+    """A module that calls a half, for exporters."""
 
     def __init__(self, op: str) -> None:
         super().__init__()
@@ -397,7 +400,10 @@ def test_a_weight_changed_in_place_before_backward_is_refused():
 
 @pytest.mark.parametrize(("op", "most"), [("attention_half", 5.3), ("mlp_half", 1 + HIDDEN / C + 0.02)])
 def test_what_is_kept_for_backward(op, most):
-    """Attention keeps x, q, k, v, its result and lse, 5.25 times the bytes of x; the MLP keeps x and fc1's result."""
+    """attention_half keeps x, q, k, v, the attention's output and lse; mlp_half keeps x and the output of fc1.
+
+    The tensors kept by attention_half have 5.25 times the bytes of x.
+    """
     tensors, options = case(op, (32, 32))
     tensors = [t.float().requires_grad_() for t in tensors]
     options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -420,7 +426,7 @@ def test_second_derivative_of_a_norm_with_a_bias_and_no_weight():
 
 
 def separate(tensors: list) -> list:
-    """Return the arguments of attention_half with the weights of q, k and v as three leaves."""
+    """Return the ``tensors`` of attention_half with its qkv weight split into three leaves."""
     weights = tuple(w.detach().clone().requires_grad_(tensors[3].requires_grad) for w in tensors[3].chunk(3))
     return [*tensors[:3], weights, *tensors[4:]]
 
@@ -525,7 +531,7 @@ def test_create_graph_with_weights_that_depend_on_each_other(weights):
 
 
 def test_create_graph_where_one_half_is_called_twice():
-    """Then the second call's input depends on the parameters."""
+    """Gradients are right if the input of the second call depends on the parameters."""
     tensors, options = case("mlp_half")
     wanted = [t.requires_grad_() for t in differentiable(tensors, options)]
     found = []

@@ -1,4 +1,4 @@
-"""Tests low scores on the CPU's backends: outputs and gradients are as accurate as for other scores."""
+"""Tests that the CPU's backends are as accurate for low attention scores as for others, forward and backward."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tests.ops.test_window_attention_arguments import check, huge, ids, junk
 
 zeros, meta = torch.zeros, torch.zeros(1, device="meta")
 
-# Valid calls, and the names of their tensors that may be None.
+# The arguments of a valid call of each op.
 RIGHT = {
     "window_partition": {"x": zeros(2, 5, 6, 4), "window_size": (2, 3), "shift_size": (1, 0)},
     "window_reverse": {"windows": zeros(12, 6, 4), "window_size": (2, 3), "size": (5, 6), "shift_size": (1, 0)},
@@ -129,7 +129,7 @@ def test_the_right_calls_are_right(op):
             ({"size": (5, 6.0)}, TypeError, "6.0", "(H, W)"),
             ({"size": zeros(2)}, TypeError, "tensor", "(H, W)"),
             ({"size": None}, TypeError, "None", "(H, W)"),
-            # maps with more elements than an int64 can count; without images, so that the number of windows is right
+            # maps with more elements than int64 can count; the batch is empty, so the number of windows is valid
             ({"windows": zeros(0, 6, 4), "size": (2**40, 2**40)}, ValueError, str(2**40), "int64"),
         ),
         *for_each(

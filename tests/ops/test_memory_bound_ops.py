@@ -50,13 +50,13 @@ class Case:
         return functools.partial(getattr(reference, self.op), **self.options)
 
     def leaves(self, *dtypes: torch.dtype) -> dict[str, Tensor]:
-        """Draw the tensors: the first in the first dtype, the next (if there is one) in the second, and so on."""
+        """Return random leaves of the given ``dtypes``, in order; all further tensors have the last one."""
         dtypes = dtypes + (dtypes[-1],) * len(self.shapes)
         tensors = {n: draw(*s, seed=i) for i, (n, s) in enumerate(self.shapes.items(), start=1)}
         return {n: t.to(d).requires_grad_() for (n, t), d in zip(tensors.items(), dtypes, strict=False)}
 
     def with_batch(self, batch: int) -> Case:
-        """Return the case for ``batch`` maps, or for their windows (CASES have two maps)."""
+        """Return the case for ``batch`` maps instead of CASES' two; the number of windows is scaled accordingly."""
         maps = {
             n: (batch * s[0] // 2 if n == "windows" else batch, *s[1:]) for n, s in self.shapes.items() if n in MAPS
         }
@@ -66,7 +66,7 @@ class Case:
     def outputs(
         self, leaves: dict[str, Tensor], function: Callable | None = None, **options: Any
     ) -> tuple[Tensor, ...]:
-        """Return the results of the public function, or of another one on the same arguments."""
+        """Return the results of ``function``, or of the case's public op if it is None, as a tuple."""
         function = function or functools.partial(getattr(swinkernels, self.op), **self.options)
         outs = function(**leaves, **options)
         return outs if isinstance(outs, tuple) else (outs,)
@@ -173,7 +173,7 @@ def test_auto_on_a_cpu_is_plain_pytorch(case, dtype):
 
 @every_case
 def test_around_a_kernel(case, plain_kernels):
-    """The code around a kernel and its backward handles channel orders, optional parameters and factors."""
+    """The code around a kernel and its backward handles neighbour orders, optional parameters and expansion factors."""
     exact = case.run(case.leaves(torch.float64), case.definition)
     for backend in backends_of(case):
         got = case.run(case.leaves(torch.float32), backend=backend)
@@ -184,7 +184,7 @@ def test_around_a_kernel(case, plain_kernels):
 @pytest.mark.parametrize(
     ("name", "dtypes", "results"),
     [
-        # x, y, weight and bias of the norm: float32 stream and parameters, 16-bit branch, as under autocast
+        # x, y, then weight and bias of the norm: float32 x and parameters, 16-bit branch y, as under autocast
         ("residual", (torch.float32, torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)),
         ("residual_dropped", (torch.float32, torch.float16, torch.float32), (torch.float32, torch.float16)),
         ("residual", (torch.bfloat16,), (torch.bfloat16, torch.bfloat16)),
@@ -227,7 +227,7 @@ def test_dtype_of_a_norm(dtype, plain_kernels):
 
 @some_cases
 def test_gradient_of_one_alone(case, plain_kernels):
-    """A tensor that needs no gradient gets none, and the others do not change."""
+    """If only one tensor requires a gradient, only its gradient is computed, and it is the same as with all."""
     for backend in ("reference", backends_of(case)[0]):
         full = case.run(case.leaves(torch.float32), backend=backend)
         for name in case.shapes:
@@ -239,14 +239,14 @@ def test_gradient_of_one_alone(case, plain_kernels):
 
 @some_cases
 def test_a_loss_that_hands_no_gradient_on(case, plain_kernels):
-    """The backward pass of an op may run without a gradient for any of the op's results."""
+    """The backward pass of an op accepts undefined gradients of all its results."""
     leaves = case.leaves(torch.float32)
     NoGradient.apply(*case.outputs(leaves, backend=backends_of(case)[0])).backward()
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves.values())
 
 
 def test_only_one_result_used(plain_kernels):
-    """The loss may read only s of the last block, or only z."""
+    """Gradients of residual_layer_norm are right if the loss reads only s or only z."""
     case = CASES["residual"]
     for index in (0, 1):
         grads = []
@@ -315,7 +315,7 @@ def test_autocast_changes_nothing_else(name):
 
 
 def test_a_norm_into_a_linear_under_autocast(plain_kernels):
-    """The norm's single pass turns the float32 stream into the Linear's 16-bit input, and dx is float32 again."""
+    """layer_norm casts the float32 residual stream to the Linear's bfloat16 in the same pass; dx is float32."""
     x, weight = draw(2, 3, 5).float().requires_grad_(), draw(4, 5).float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         z = swinkernels.layer_norm(x, dtype=torch.get_autocast_dtype("cpu"), backend="cuda")
@@ -328,7 +328,7 @@ def test_a_norm_into_a_linear_under_autocast(plain_kernels):
 
 
 def op_calls() -> dict[str, tuple[str, tuple]]:
-    """Return arguments for every op of torch.ops.swinkernels that this file tests, with tensors given as shapes."""
+    """Return the calls to test by name: an op of torch.ops.swinkernels and its arguments, with tensors as shapes."""
     norm = ((5,), (5,))
     statistics = ((2, 3, 4), (2, 3, 4))
     merged, factor, order = (2, 3, 2), [1, 2, 2], [0, 2, 1, 3]
@@ -393,7 +393,7 @@ def described(results: Any) -> list[tuple]:
 
 @every_op_call
 def test_opcheck(name, arguments, plain_kernels):
-    """opcheck tests schema, fake, autograd registration, and the traced graph with dynamic shapes."""
+    """opcheck passes: it tests the schema, fake, autograd registration, and traced graph with dynamic shapes."""
     differentiable = "_bwd" not in name
     torch.library.opcheck(getattr(OPS, name).default, arguments_on(arguments, "cpu", differentiable))
 
@@ -407,7 +407,7 @@ def test_fake_on_meta_tensors(name, arguments, plain_kernels):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @some_cases
 def test_gradients_on_meta_tensors(case, backend, monkeypatch):
-    """The shapes and dtypes of results and gradients are computed without a kernel and without memory."""
+    """Results and gradients of meta tensors have the right shapes and dtypes, with no kernel run."""
     if backend not in backends_of(case):
         return
     expected = case.run(case.leaves(torch.float32))
@@ -422,7 +422,7 @@ def test_gradients_on_meta_tensors(case, backend, monkeypatch):
 
 
 def test_fakes_with_symbolic_sizes():
-    """Sizes that are unknown while tracing stay symbolic."""
+    """The fakes return symbolic sizes for inputs with symbolic sizes."""
     real = torch.empty(4, 11, 13, 6)
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         x = mode.from_tensor(real, static_shapes=False)
@@ -454,7 +454,7 @@ COMPILED = [
     ],
 )
 def test_compile_fullgraph(name, backend, dynamic, plain_kernels):
-    """One graph, with its backward, serves all batch sizes."""
+    """One forward and backward graph serves all batch sizes, after at most one recompilation."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -462,7 +462,7 @@ def test_compile_fullgraph(name, backend, dynamic, plain_kernels):
         return getattr(swinkernels, CASES[name].op)(**leaves, **CASES[name].options, backend=backend)
 
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter)
-    for batch in (9, 11, 13):  # no size equals another, because dynamo would treat both as the same symbol
+    for batch in (9, 11, 13):  # sizes that no other axis has, because dynamo gives equal sizes one symbol
         case = CASES[name].with_batch(batch)
         expected = case.run(case.leaves(torch.float32), call)
         assert_close(case.run(case.leaves(torch.float32), compiled), expected, 1e-6)
@@ -473,7 +473,7 @@ def test_compile_fullgraph(name, backend, dynamic, plain_kernels):
 
 
 def spread(x: Tensor) -> Tensor:
-    """Copy x to every other element of memory filled with NaN, not starting at its first element."""
+    """Return a strided copy of ``x`` with a storage offset, in memory that is otherwise filled with NaN."""
     wide = torch.full([2 * n for n in x.shape], math.nan, dtype=x.dtype)
     view = wide[(slice(1, None, 2),) * x.dim()]
     view.copy_(x)
@@ -514,7 +514,7 @@ def test_inputs_are_never_modified(case, plain_kernels):
 
 @some_cases
 def test_empty_batch(case, plain_kernels):
-    """The results are empty, and the gradients of the parameters are zero."""
+    """An empty batch gives empty results, and zero gradients for the parameters."""
     if case.shapes.get("x") == (5,):
         return  # a single row has no batch
     case = case.with_batch(0)
@@ -546,7 +546,7 @@ def test_gradcheck(case):
     def function(*values):
         return getattr(swinkernels, case.op)(**dict(zip(leaves, values, strict=True)), **case.options)
 
-    # Only one random direction is tested: all of them would take minutes.
+    # fast_mode tests one random direction: all of them would take minutes.
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
@@ -576,7 +576,7 @@ def test_second_derivative_is_in_the_reference_alone(name, plain_kernels):
 
 @pytest.mark.parametrize("name", ["partition", "partition_3d", "reverse", "reverse_3d"])
 def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_kernels):
-    """Third derivatives are right: the derivative of each op is the other op, which is differentiated again."""
+    """Third derivatives are right: the derivative of each op is the other op, which is differentiable too."""
     case = CASES[name]
     for backend in ("reference", *backends_of(case)):
         leaves = case.leaves(torch.float32)
@@ -592,7 +592,7 @@ def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_ke
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_reverse_undoes_partition_bit_for_bit(data):
-    """Maps may be odd, rectangular or of one token, windows may exceed the map, and shift and pad order are random."""
+    """window_reverse restores any map exactly, also with windows larger than the map, and any shift and pad order."""
     rank = data.draw(st.sampled_from([2, 3]))
     size = data.draw(st.tuples(*[st.integers(1, 9 if rank == 2 else 5)] * rank))
     window = data.draw(st.tuples(*[st.integers(1, 6)] * rank))
@@ -619,7 +619,7 @@ def test_reverse_undoes_partition_bit_for_bit(data):
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 @some_cases
 def test_backend_that_cannot_run(case, backend):
-    """No fast backend can run on a CPU tensor, and each gives the reason."""
+    """A kernel backend that cannot run a call on CPU tensors raises an error with the reason."""
     if backend == "triton" and _backends.interpreting():
         pytest.skip("Triton's interpreter runs on the CPU")
     with pytest.raises(NotImplementedError) as caught:
@@ -674,13 +674,13 @@ def test_longest_row(monkeypatch, plain_kernels):
     assert swinkernels.patch_expanding(parts, None, None, None, backend="cuda").shape == (1, 4, 4, 4)
 
 
-# --- orders of merged channels
+# --- channel orders of merged patches
 
 
 @pytest.mark.parametrize(("order", "rank"), list(RUNS))
 def test_row_major_columns(order, rank):
-    """For every order, a row-major gather followed by a reduction with reordered columns gives the same result, even if
-    a neighbour occurs twice.
+    """For every order, a row-major gather followed by a reduction with reordered columns gives patch_merging's result,
+    even if a neighbour occurs twice.
     """
     c, out, count = 3, 7, 2**rank
     x, weight = draw(2, *(4,) * rank, c), draw(out, count * c, seed=2)
@@ -693,8 +693,8 @@ def test_row_major_columns(order, rank):
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_by_neighbour(rank):
-    """patch_merging with order "unfold" equals order "row_major" if the norm's parameters and the reduction's weight
-    are reordered.
+    """patch_merging gives the same result for order="unfold" as for order="row_major" with reordered norm parameters
+    and reduction weight.
     """
     c, out, count = 3, 7, 2**rank
     x, weight = draw(2, *(3,) * rank, c), draw(out, count * c, seed=2)

@@ -1,4 +1,4 @@
-"""Tests periodic axes: the two ends of the axis are joined, so the ops refuse padding between them."""
+"""Tests periodic axes: the two ends of a periodic axis are neighbours, so the ops refuse padding between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def call(qkv: Tensor, **options) -> Tensor:
 
 
 def neighbours(backend: str, longitude: int, **options) -> set[int]:
-    """Return the longitudes that a token attends to: those whose v has a gradient."""
+    """Return the longitudes that the tokens at ``longitude`` attend to: those whose v has a non-zero gradient."""
     qkv = torch.randn(1, 2, LONGITUDES, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     qkv.requires_grad_()
     call(qkv, backend=backend, **options)[0, :, longitude].sum().backward()

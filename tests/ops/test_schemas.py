@@ -1,4 +1,4 @@
-"""Tests that the ops from the compiled library and from Python are the same, and that one file sets their namespace."""
+"""Tests that the compiled library and Python define the same ops, and that one file sets their namespace."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(json.dumps({{name: [str(s) for s in torch._C._jit_get_schemas_for_operator
 
 
 def schemas(script: str, **environ: str) -> dict[str, list[str]]:
-    """Run a script in a new process, and return the schemas there."""
+    """Run ``script`` in a new process, and return the schemas of the ops that are registered there."""
     command = [sys.executable, "-c", script + DUMP]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -77,7 +77,7 @@ with torch._subclasses.FakeTensorMode():
 
 @pytest.mark.parametrize("build", ["none", pytest.param("cpu", marks=[pytest.mark.long, needs_extension])])
 def test_a_copy_under_another_name(build: str, tmp_path: Path) -> None:
-    """A copy of the package with another name and another namespace loads together with this one."""
+    """A copy of the package with another name and namespace can be imported in the same process as the original."""
     package = tmp_path / "twin"
     shutil.copytree(ROOT / "swinkernels", package, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     for path in package.rglob("*.py"):

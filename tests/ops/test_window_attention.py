@@ -35,7 +35,7 @@ CASES = [PADDED, PLAIN, VOLUME, BARE, COSINE, DENSE, TYPES]
 
 
 def separate(qkv, bias_table=None, *, num_heads, **arguments):
-    """Call the separate form through the packed form's interface: q, k and v are strided views of qkv."""
+    """Call window_attention with the packed form's arguments: q, k and v are strided views of qkv."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
     return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments)
 
@@ -92,7 +92,7 @@ def test_backend_says_by_name_what_it_lacks():
 
 
 def test_long_windows_need_shared_memory(monkeypatch):
-    """This package's CUDA kernels support only shorter windows on a GPU with less shared memory per block."""
+    """On a GPU with less shared memory per block, backend "cuda" accepts only shorter windows; "triton" accepts all."""
     limits = {"max_window_volume": 1024, "shared_bytes_of_longest": 160 * 1024, "max_window_volume_in_less": 256}
     monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
     case = WindowAttentionCase(1, (17, 17), 2, 8, 17, 0)
@@ -159,7 +159,7 @@ def test_only_what_is_wanted_gets_a_gradient(backend):
 @needs_cpu
 @pytest.mark.parametrize("op", [swinkernels.window_attention_qkvpacked, separate])
 def test_a_loss_that_hands_no_gradient_on(op):
-    """A backward pass may reach the op without a gradient for its result."""
+    """The op's backward pass accepts an undefined gradient of its result."""
     leaves = {k: x.requires_grad_() for k, x in PADDED.inputs(torch.float32).items() if k != "dout"}
     NoGradient.apply(op(**leaves, **PADDED.arguments(), backend="cpu")).backward()
     assert all(leaf.grad is None for leaf in leaves.values())
@@ -178,13 +178,13 @@ def test_compile_fullgraph(backend, dynamic):
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend=counter)
-    for batch in (4, 7, 6):  # none equal to another size of the inputs, which dynamo would treat as the same symbol
+    for batch in (4, 7, 6):  # sizes that no other axis has, because dynamo gives equal sizes one symbol
         inputs = dataclasses.replace(PADDED, batch=batch).inputs(torch.float32)
         want, got = (run_case(f, inputs, {}) for f in (op, compiled))
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
-    # Batch sizes share graphs. With None, the first batch has one graph and all others a second; with True, one graph
-    # serves all, and the float arguments restart the analysis once.
+    # dynamic=None: one graph for the first batch size, a second for all others. dynamic=True: one graph for all, but
+    # the float arguments restart the analysis once.
     assert counter.frame_count <= 2
 
 
@@ -243,7 +243,7 @@ def test_kernels_run_where_they_were_built_for(built, capability, runs):
 def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     monkeypatch.setattr(_backends._extension, "build", {"arch_list": ["8.0", "9.0"]})
-    device = torch.device("cuda", 62)  # no other test uses this device, so it is not cached
+    device = torch.device("cuda", 62)  # no other test uses this index, so nothing is cached for it
     expected = "built for 8.0 9.0, but the GPU is 12.0: build again with TORCH_CUDA_ARCH_LIST unset"
     assert expected in _backends.gpu_reason("cuda", device)
     assert _backends.gpu_reason("triton", device) is None

@@ -1,4 +1,4 @@
-"""Tests that wrong arguments raise the right type, with a message naming op, argument, given and accepted values."""
+"""Tests that wrong arguments raise the right error, with a message naming op, argument, given and accepted values."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_wrong_separate_maps(maps, error, words):
 
 
 def test_zero_heads_are_refused():
-    """num_heads=0 agrees with maps without heads, but is meaningless."""
+    """num_heads=0 is refused, although it matches the shape of maps without heads."""
     q = zeros(2, 5, 6, 0, 4)
     check(lambda: separate(q, q, q, num_heads=0), ValueError, "num_heads", "at least 1", "got 0")
 
@@ -250,7 +250,7 @@ def test_generator_of_another_device():
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 def test_backend_that_cannot_run(backend):
-    """Only plain PyTorch supports float64: every other backend gives a reason, on any machine."""
+    """Kernel backends refuse float64 with a reason, on any machine: only plain PyTorch supports it."""
     message = check(
         lambda: packed(zeros(QKV).double(), backend=backend),
         NotImplementedError,
@@ -381,7 +381,7 @@ def test_empty_batch_with_gradients():
 
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_non_contiguous_inputs(is_packed):
-    """Every tensor with strides and offsets gives the bits of its contiguous copy, and so do gradients."""
+    """Outputs and gradients of strided tensors with offsets are bit-identical to those of contiguous copies."""
 
     def spread(x):
         wide = torch.full([2 * n for n in x.shape], math.nan if x.is_floating_point() else -1, dtype=x.dtype)
@@ -416,7 +416,7 @@ def test_inputs_are_never_modified():
 
 
 def test_compiles_with_dynamic_shapes():
-    """The checks can be traced with symbolic sizes and numbers, and one graph serves several sizes."""
+    """The argument checks can be traced with symbolic sizes and floats, and one graph serves several sizes."""
     graphs = []
 
     def count(graph, inputs):

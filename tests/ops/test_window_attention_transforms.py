@@ -67,7 +67,7 @@ WITHOUT_DROPOUT = {name: case for name, case in CLASSES.items() if name != "drop
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_gradcheck_of_the_reference(name: str) -> None:
-    """Compare with finite differences in float64, for the output and the attention weights."""
+    """Gradients of the output and of the attention weights agree with finite differences in float64."""
     case = CLASSES[name]
     inputs = {n: x.double().requires_grad_() for n, x in case.inputs(torch.float32).items() if n != "dout"}
     if "logit_scale" in inputs:  # the clamp has a kink
@@ -130,7 +130,7 @@ def test_dropout_draws_a_seed_and_backward_has_the_same(
     for got, seed in zip(results, seeds, strict=True):
         for name, value in expected(seed).items():
             torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
-    assert not torch.equal(results[0]["out"], results[1]["out"])  # a cached call also draws new numbers
+    assert not torch.equal(results[0]["out"], results[1]["out"])  # a cached call also draws a new seed
 
     generator = torch.Generator().manual_seed(5)
     own = run_case(op, inputs, {**case.arguments(), "generator": generator})
@@ -225,7 +225,7 @@ def test_derivatives_of_functorch(transform: Any) -> None:
 def test_derivatives_of_functorch_that_are_refused(
     transform: Any, reason: str, batched: bool, record_property: Any
 ) -> None:
-    """Forward mode raises an error that states the remedy."""
+    """Forward-mode transforms raise an error that names the backends which support them."""
     case = Case(1, (2, 4), 1, 2, 2, 1)
     qkv = case.inputs(torch.float32)["qkv"]
 
@@ -324,7 +324,7 @@ def test_second_derivatives_with_a_region_map() -> None:
 @needs_cpu
 @pytest.mark.parametrize(
     ("dynamic", "most"), [(None, 4), (True, 2)], ids=["as they come", "at once"]
-)  # None: compiled again when B, H or W first changes; True: one restart for the float arguments
+)  # None: recompiled when B, H or W first changes; True: one restart for the float arguments
 def test_one_graph_serves_all_sizes(dynamic: bool | None, most: int) -> None:
     torch.compiler.reset()
     case = Case(2, (5, 9), 2, 8, (4, 5), (2, 1), has_pad_qkv=True)
@@ -342,7 +342,7 @@ def test_one_graph_serves_all_sizes(dynamic: bool | None, most: int) -> None:
             torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
         counts.append(counter.frame_count)
     assert counts[-1] <= most
-    assert counts[-1] == counts[-3]  # the last ones are cached
+    assert counts[-1] == counts[-3]  # the last two sizes need no new graph
 
 
 # --- huge maps
@@ -357,14 +357,14 @@ def test_more_than_two_to_the_16_windows(case: Case) -> None:
 
 
 def sparse_buffer(elements: int) -> Tensor:
-    """Return memory that the system has only reserved; a page is allocated when it is first written."""
+    """Return an uninitialised tensor, whose memory pages the system allocates when they are first written."""
     return torch.from_numpy(np.empty(elements, dtype=np.float32))
 
 
 @needs_cpu
 @pytest.mark.parametrize("form", FORMS)
 def test_offsets_beyond_two_to_the_31(form: str) -> None:
-    """Two images 2 ** 31 elements apart, with untouched memory between them, have the results of adjacent images."""
+    """Two images 2 ** 31 elements apart, with unallocated memory between them, give the results of adjacent images."""
     case = Case(2, (5, 6), 2, 8, 4, 2, has_pad_qkv=True)
     inputs = case.inputs(torch.float32)
     apart = 2**31 + 48
@@ -443,10 +443,10 @@ FAR_MASK = {"mask_value": -(2.0**20)}
 )
 @pytest.mark.parametrize(("size", "gradient"), [(2.0**15, 1.0), (300.0, 6e4), (6e-5, 6e-5)])
 def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: float, gradient: float) -> None:
-    """Products are far beyond float16's range, but the result is not, and no value is NaN.
+    """Results within float16's range are finite even if products are far beyond it, and no result is NaN.
 
-    Factors are powers of two, so that float32 represents the scores exactly; otherwise equal scores would differ, and
-    a different one would be the largest.
+    The scales of head_dim 16 and 64 are powers of two, so that float32 represents the scores exactly; otherwise
+    rounding would make equal scores differ, and one of them would be the largest.
     """
     reason = _backends.unavailable(backend)
     if reason is not None:
@@ -465,14 +465,14 @@ def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: f
     wide = {name: x.double() for name, x in inputs.items()}
     exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
     for name, value in got.items():
-        fits = exact[name].abs() < torch.finfo(value.dtype).max / 2  # rounding moves some of the others out of range
+        fits = exact[name].abs() < torch.finfo(value.dtype).max / 2  # larger values may round to infinity
         assert value.cpu()[fits].isfinite().all(), name
         assert not value.isnan().any(), name
 
 
 @needs_cpu
 def test_compiled_forward_mode() -> None:
-    """The fused attention of torch has no forward derivative on a CPU."""
+    """Compiled forward mode avoids torch's fused attention, which has no forward derivative on a CPU."""
     x, table = torch.randn(1, 4, 4, 12), torch.randn(9, 2)
 
     def tangent(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tests WindowSpec: its wire form, which kernels and exported programs read, and sizes that stay symbolic."""
+"""Tests WindowSpec: its string form, which kernels parse and exported programs contain, and symbolic sizes."""
 
 from __future__ import annotations
 

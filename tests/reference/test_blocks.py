@@ -1,4 +1,4 @@
-"""Tests the references of the norms and of a block's halves against torch and whole published blocks."""
+"""Tests the reference norms and block halves against torch and whole published blocks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_residual_layer_norm(scale):
 
 
 class FixedDropPath(nn.Module):
-    """Drops the paths that a given draw selects."""
+    """A DropPath with the fixed per-sample factors DROP."""
 
     def forward(self, x):
         return x * DROP.reshape(-1, *(1,) * (x.dim() - 1))
@@ -218,7 +218,7 @@ def test_mlp_half_without_residual(norm, approximate):
 
 
 def test_pad_tokens_are_zero_after_the_norm():
-    """A pad token's q, k, v are the bias of the projection; the norm's own bias does not reach it."""
+    """A pad token's q, k and v are the bias of the qkv projection; the norm's bias is not applied to it."""
     x, bias = torch.zeros(1, 1, 1, 2, dtype=torch.float64), torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0, 7.0])
     out = reference.attention_half(
         x,

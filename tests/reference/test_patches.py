@@ -1,4 +1,4 @@
-"""Tests the references of patch merging, expanding and embedding against the published modules."""
+"""Tests reference patch merging, expanding and embedding against the published modules."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_merging_monai(name, size, order):
 
 
 def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
-    """Return the input channel of each merged channel: the rank of its value after a norm and an identity."""
+    """Return the input channel of each merged channel, which is the rank of its value: the norm keeps the ranks."""
     n = 2**rank * channels
     x = torch.arange(float(n), dtype=torch.float64).reshape(1, *(2,) * rank, channels)
     y = reference.patch_merging(x, None, None, torch.eye(n, dtype=torch.float64), order=order, eps=0.0).flatten()
@@ -81,7 +81,7 @@ def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
     ],
 )
 def test_order(order, rank, expected):
-    """Neighbours are numbered by row-major position: 4 d + 2 h + w."""
+    """Each order lists the neighbours by their row-major index, 4 d + 2 h + w."""
     assert merged_order(order, rank) == expected
 
 
@@ -133,7 +133,7 @@ def test_merging_unfold(size, norm):
 
 @pytest.mark.parametrize("order", ["swin", "row_major", "unfold"])
 def test_merging_frame_by_frame(order):
-    """A reduction of 4C channels does not change the depth of a 3D map (Video-Swin, Aurora)."""
+    """With a weight for 4C channels, a 3D map is merged frame by frame, as in Video-Swin and Aurora."""
     x, weight, norm_weight, norm_bias = draw(2, 3, 5, 4, C), draw(7, 4 * C, seed=3), draw(4 * C), draw(4 * C, seed=5)
     call = lambda y: reference.patch_merging(y, norm_weight, norm_bias, weight, order=order)  # noqa: E731
     assert_same(
@@ -162,7 +162,7 @@ def test_merging_gradcheck(norm):
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize(("factor", "out"), [(2, 6), (4, 12), ((2, 4), 6)])
 def test_expanding_swin_unet(factor, out, batch):
-    """PatchExpand and FinalPatchExpand_X4 apply Linear, 'b h w (p1 p2 c) -> b (h p1) (w p2) c', then LayerNorm."""
+    """PatchExpand and FinalPatchExpand_X4 are a Linear, 'b h w (p1 p2 c) -> b (h p1) (w p2) c', and a LayerNorm."""
     einops = pytest.importorskip("einops", reason="einops is not installed")
     p1, p2 = factor if isinstance(factor, tuple) else (factor, factor)
     x, weight = draw(batch, 3, 2, 12), draw(p1 * p2 * out, 12, seed=3)
@@ -198,7 +198,7 @@ def test_expanding_3d():
 
 
 def test_expanding_undoes_merging():
-    """Row-major merging followed by expanding, both without their Linear, equals the norm of each token."""
+    """Row-major merging and then expanding, both without a Linear, gives the layer norm of each token."""
     x = draw(1, 4, 6, 8)
     merged = reference.patch_merging(x, None, None, torch.eye(32, dtype=torch.float64), order="row_major", norm="pre")
     back = reference.patch_expanding(merged, None, None, None)

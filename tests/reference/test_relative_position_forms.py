@@ -1,4 +1,4 @@
-"""Tests the reference with decomposed relative positions and keys of a larger window against the published modules."""
+"""Tests the reference with decomposed relative positions, key windows and tables of pairs against published modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIM, HEADS = 12, 3
 
 
 def between_linears(attn, x, **arguments):
-    """Replace the computation of a published attention between its qkv and its proj with the reference."""
+    """Return the output of a published attention, with the reference in place of the code between qkv and proj."""
     qkv = F.linear(x, attn.qkv.weight, attn.qkv.bias)
     out = reference.window_attention_qkvpacked(
         qkv,
@@ -76,7 +76,7 @@ def test_timm_sam(size, window, fused):
 def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
     """The reference equals HAT's overlapping cross-attention, which unfolds keys and values with zeros around the map.
 
-    HAT's table index counts from key to query and wraps around the table's ends; flip and roll undo this.
+    HAT indexes its table by key minus query, and the index wraps around the ends of the table; flip and roll undo this.
     """
     size, head_dim = (8, 12), DIM // HEADS
     q, k, v = (draw(2, *size, HEADS, head_dim, seed=i) for i in range(3))
@@ -90,7 +90,7 @@ def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
     relative = keys[:, None, :] - queries[:, :, None]
     relative = relative + torch.tensor([w - m + 1 for w, m in zip(window, key_window, strict=True)])[:, None, None]
     index = relative[0] * rows[1] + relative[1]  # may be negative
-    wraps = (key_window[0] - 2) * rows[1] + key_window[1] - 2  # the published index has its largest offset here
+    wraps = (key_window[0] - 2) * rows[1] + key_window[1] - 2  # the smallest index is -wraps
 
     def windows(x, w, padding):
         unfolded = F.unfold(x.flatten(3).permute(0, 3, 1, 2), w, stride=window, padding=padding)
@@ -122,9 +122,9 @@ def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
 def test_pangu(size, shift):
     """The reference equals Pangu-Weather's earth-specific attention, as in its PyTorch ports.
 
-    The map is padded on both sides. A window's level and latitude select a column of the table; its rows are numbered
-    by pairs of coordinates on these axes. The ports cut their mask from a map that is longer by the shift of the
-    longitude. If the window is twice the shift on this axis, the result is the usual mask.
+    The map is padded on both sides. A window's level and latitude select a column of the table; its rows are indexed
+    by pairs of coordinates on these axes. The ports cut their mask from a map that is longer by the longitude's shift.
+    If the window is twice the shift on this axis, as here, the result is the usual mask.
     """
     window, heads, head_dim = (2, 3, 6), 2, 4
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
@@ -134,7 +134,7 @@ def test_pangu(size, shift):
     types, n = counts[0] * counts[1], math.prod(window)
     table = draw(window[0] ** 2 * window[1] ** 2 * (2 * window[2] - 1), types, heads, seed=4)
 
-    # In the published index the key's level and latitude count negatively, in steps of the window.
+    # The published index has query + window * key on the axes level and latitude, and query - key on the longitude.
     places = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing="ij")).flatten(1)
     steps = torch.tensor([-window[0], -window[1], 1])[:, None]
     relative = places[:, :, None] - (places * steps)[:, None, :]
@@ -148,7 +148,7 @@ def test_pangu(size, shift):
         regions = 3 * regions + of_axis.reshape([-1 if i == axis else 1 for i in range(3)])
     regions = regions[:, :, : frame[2]]
 
-    def cut(x):  # (B, *frame, C) -> (B, windows of the longitude, types, N, C)
+    def cut(x):  # (B, *frame, C) -> (B, windows along the longitude, types, N, C)
         x = x.reshape(x.shape[0], counts[0], window[0], counts[1], window[1], counts[2], window[2], -1)
         return x.permute(0, 5, 1, 3, 2, 4, 6, 7).reshape(x.shape[0], counts[2], types, n, -1)
 

@@ -21,7 +21,7 @@ DIM, HEADS = 12, 3
 
 
 def between_linears(attn, x, qkv_bias, bias_table, **arguments):
-    """Replace the computation of a published attention between its qkv and its proj with the reference."""
+    """Return the output of a published attention, with the reference in place of the code between qkv and proj."""
     qkv = F.linear(x, attn.qkv.weight, qkv_bias)
     out = reference.window_attention_qkvpacked(qkv, bias_table, num_heads=HEADS, pad_qkv=qkv_bias, **arguments)
     return F.linear(out, attn.proj.weight, attn.proj.bias)
@@ -180,7 +180,7 @@ def test_monai(size, window, shift):
 
 
 def test_monai_clamped_index_is_not_geometric():
-    """A clamped window needs table_window: most table rows differ from the rows for the clamped window's geometry."""
+    """A clamped window needs table_window: MONAI's sliced index differs from the geometric one for most token pairs."""
     full, clamped = (7, 7, 7), (6, 6, 6)
     sliced = relative_position_index(full)[: 6**3, : 6**3]
     assert torch.equal(relative_position_index(clamped, full), sliced)
@@ -240,7 +240,7 @@ def pad_map(x: Tensor, pad: Tensor, before: tuple[int, ...], frame: tuple[int, .
 
 
 def slice_regions(frame, window, shift, periodic=None) -> Tensor:
-    """Make the published code's image of region numbers; a periodic axis has one region."""
+    """Return the image of region ids that the published code assigns to slices; a periodic axis has one region."""
     regions = torch.zeros(frame, dtype=torch.long)
     per_axis = [
         [slice(0, p)] if s == 0 or wraps else [slice(0, p - w), slice(p - w, p - s), slice(p - s, p)]
@@ -252,7 +252,7 @@ def slice_regions(frame, window, shift, periodic=None) -> Tensor:
 
 
 def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int, ...]) -> Tensor:
-    """Return the bias (heads, N, N); its index is filled one entry at a time."""
+    """Return the bias (heads, N, N), with its index computed one entry at a time."""
     n = math.prod(window)
 
     def decode(t):
@@ -274,7 +274,7 @@ def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int
 def literal_attention(
     qkv, num_heads, window, shift, *, pad, pad_order, before, regions, bias, mask_value=-100.0, scale=None
 ):
-    """Map qkv (B, *S, 3C) to (B, *S, C); regions is an image of the frame's shape or None, bias (heads, N, N)."""
+    """Return the attention (B, *S, C) of qkv (B, *S, 3C); regions is (*frame) or None, and bias (heads, N, N)."""
     size = tuple(qkv.shape[1:-1])
     axes = tuple(range(1, 1 + len(size)))
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
@@ -380,7 +380,7 @@ def test_against_literal_code(data):
 @pytest.mark.parametrize("size", [(2, 6, 12), (3, 7, 13), (4, 10, 10), (1, 3, 6)])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
 def test_aurora(size, shift):
-    """Aurora rolls the map, then pads both sides; its regions ignore the seam in width, and pads form one group."""
+    """Aurora rolls the map, then pads both sides; its regions ignore the seam in width, and pads form one region."""
     window = (2, 3, 6)
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
     before = tuple((p - s) // 2 for p, s in zip(frame, size, strict=True))
@@ -434,7 +434,7 @@ def test_periodic_width_is_the_merged_seam():
 
 @pytest.mark.parametrize("types", [1, 2, 6])
 def test_bias_of_window_types(types):
-    """The bias is (types, heads, N, N): window number w of an image has type w // (windows / types)."""
+    """The bias is (types, heads, N, N): window w of an image has type w // (windows / types)."""
     size, window = (4, 6, 8), (2, 2, 4)  # 2 x 3 x 2 windows
     n, windows = math.prod(window), 12
     qkv, bias = draw(2, *size, 3 * DIM), draw(types, HEADS, n, n, seed=3)
@@ -505,7 +505,7 @@ def test_dropout_keeps_a_share_and_rescales_it(p):
     share = (kept == 0).double().mean().item()
     assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / kept.numel())
     torch.testing.assert_close(kept[kept != 0], (full / (1 - p))[kept != 0], rtol=1e-12, atol=0)
-    # Weights are drawn independently, so different rows have different patterns.
+    # Attention weights are dropped independently, so rows have different patterns.
     rows = (kept == 0).flatten(0, -2)
     assert len(torch.unique(rows, dim=0)) > 0.5 * min(len(rows), 500) * (1 - max(p, 1 - p))
 
@@ -614,7 +614,7 @@ def test_vectors_of_length_zero_have_cosine_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_keeps_the_error_budget(dtype):
-    """The reference is itself a backend, and meets the kernels' error budget."""
+    """The reference, which is a backend too, keeps within the kernels' error budget."""
     case = WindowAttentionCase(2, (9, 14), 2, 16, 7, 3, has_pad_qkv=True)
     check_window_attention(reference.window_attention_qkvpacked, case, dtype)
 
@@ -672,7 +672,7 @@ def test_refuses_another_number_of_heads():
 
 
 def test_sizes_on_the_meta_device():
-    """The meta device has no autocast to disable."""
+    """The reference runs on meta tensors, although their device has no autocast to disable."""
     table = torch.zeros(49, 2, device="meta")
     out = reference.window_attention_qkvpacked(
         torch.zeros(2, 5, 6, 24, device="meta"), table, num_heads=2, window_size=4, shift_size=2

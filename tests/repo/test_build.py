@@ -1,4 +1,4 @@
-"""Tests that setup.py makes the right decisions, reports errors, and packs a complete source archive."""
+"""Tests that setup.py chooses what to build, reports errors, and packs a complete source archive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMPTY_PATH = {"PATH": "/nonexistent"}
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    """Import setup.py as a module, which builds nothing."""
+    """Return setup.py, imported as a module without building anything."""
     spec = importlib.util.spec_from_file_location("swinkernels_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -31,7 +31,7 @@ def build() -> ModuleType:
 
 
 def make_toolkit(home: Path, release: str) -> Path:
-    """Make a folder that looks like a CUDA toolkit, with an nvcc that prints its release."""
+    """Create a fake CUDA toolkit in ``home`` with an nvcc that prints ``release``, and return ``home``."""
     (home / "include").mkdir(parents=True)
     (home / "include" / "cuda_runtime.h").touch()
     (home / "bin").mkdir()
@@ -44,10 +44,10 @@ def make_toolkit(home: Path, release: str) -> Path:
 def assert_one_sentence(text: str) -> None:
     assert "\n" not in text.strip()
     assert "Traceback" not in text
-    assert ": " in text  # the problem, and the remedy
+    assert ": " in text  # separates the problem from the remedy
 
 
-# The choice of the toolkit
+# The choice of the CUDA toolkit
 
 
 def test_toolkit_of_cuda_home_comes_first(build: ModuleType, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_missing_package_is_one_line(tmp_path: Path, package: str) -> None:
 
 
 def test_pure_python_wheel_and_source_archive(tmp_path: Path) -> None:
-    """Neither build needs torch or a compiler. The wheel is built from the unpacked archive, as pip does."""
+    """Neither build needs torch or a compiler. The wheel is built from the unpacked archive, as pip builds it."""
     (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
     environ = {"PYTHONPATH": str(tmp_path), "CXX": "no-such-compiler"}
     result = run_setup("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), **environ)

@@ -21,7 +21,7 @@ PARTS = {"stage 1", "stage 2", "stage 3", "stage 4", "total"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the results of a small run that cannot open a socket, so it uses no network."""
+    """Return the output folder of a small demo run in which sockets are refused, so it uses no network."""
     folder = tmp_path_factory.mktemp("demo")
     code = (
         "import socket, sys\n"
@@ -82,7 +82,7 @@ def test_what_is_printed(folder):
 
 
 def test_conclusion(folder):
-    """The demo ends with a sentence of measured values, the backends by class of module, paths and its duration."""
+    """The demo's last lines are a summary of the measurements, the backend of each module class, paths and duration."""
     results = json.loads((folder / "results.json").read_text())
     *_, sentence, blocks, merging, files, seconds = (folder / "stdout.txt").read_text().splitlines()
     difference = results["agreement"]["largest_logit_difference"]
@@ -127,7 +127,7 @@ def test_wrong_options(options, message, capsys):
 
 
 def test_peak_memory_on_a_cpu_is_that_of_the_tensors():
-    """The module holds two tensors of 4 MiB at the same time, and some small ones."""
+    """The peak is the size of the two 4 MiB tensors that exist at the same time, and of some small ones."""
     import torch
 
     class Two(torch.nn.Module):

@@ -1,7 +1,7 @@
 """Tests that the code blocks of the README and of docs/ work as described, and that the pages build without a warning.
 
 The Python blocks of a page run in order, in one namespace. A text block after a Python block is the error that the
-code raises. Commands that install or build get a dry run; commands that measure have their arguments parsed.
+code raises. Commands that install or build get a dry run; of commands that measure, only the arguments are parsed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_python_runs(page: Path) -> None:
 
 
 def test_a_block_of_text_is_an_error() -> None:
-    """Text must follow the code that it belongs to, otherwise it would not be checked."""
+    """Every text block follows a Python block; otherwise it would not be checked."""
     for page in PAGES:
         found = blocks(page, "python", "text")
         assert all(found[i - 1][0] == "python" for i, (language, _) in enumerate(found) if language == "text")
@@ -71,7 +71,7 @@ def test_a_block_of_text_is_an_error() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str) -> None:
-    """Check that the command would run: the files that it names exist, and its arguments are valid."""
+    """The command can run: the files that it names exist, and its arguments are valid."""
     words = shlex.split(command)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -101,13 +101,13 @@ def test_command(command: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_to_files(page: Path) -> None:
-    """Links in pages outside the site also lead to existing files."""
+    """Relative links lead to existing files, also in pages that are not part of the site."""
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
         assert "://" in target or (page.parent / target).exists(), target
 
 
 def test_readme_fits_on_a_page() -> None:
-    """The README has one picture above the fold, and a table for each question."""
+    """The README has at most 100 lines, and one picture, within the first 20 lines."""
     text = (ROOT / "README.md").read_text().splitlines()
     assert len(text) <= 100
     assert [i < 20 for i, line in enumerate(text) if line.startswith("![")] == [True]
@@ -115,7 +115,7 @@ def test_readme_fits_on_a_page() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the site's folder, built without a warning."""
+    """Return the folder of the site, which is built without warnings."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed")
     folder = tmp_path_factory.mktemp("site")
@@ -127,7 +127,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pages_are_built(site: Path) -> None:
     api = (site / "api" / "index.html").read_text()
-    assert "<math" in api  # formulas need no script
+    assert "<math" in api  # formulas are MathML, which needs no script
     assert 'id="swinkernels.adapters.Form.absorbs"' in api  # fields are documented by their comments
     for left_over in (".. math::", ":math:", ":func:", ":class:", "<details"):
         assert left_over not in api
@@ -144,7 +144,7 @@ PUBLIC = sorted({
 
 
 def test_search_finds_every_public_name(site: Path) -> None:
-    """Classes and functions have an entry in the API reference; other names are in its text."""
+    """Public classes and functions have an entry in the API reference; its text mentions other public names."""
     index = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     entries = [entry for entry in index if entry["location"].startswith("api/")]
     titles = {html.unescape(re.sub(r"<[^>]+>", "", entry["title"])) for entry in entries}

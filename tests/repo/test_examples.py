@@ -30,7 +30,7 @@ def number(pattern: str, text: str) -> float:
 
 
 def test_train_digits_in_float32(tmp_path):
-    """In the full run of a hundred steps, the losses of both models follow the same curve."""
+    """In the full run of 100 steps, the losses of both models differ by at most 1e-4."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     out = run(tmp_path, str(EXAMPLES / "train_digits.py"))
     assert number(r"differ by at most (\S+) in 100 steps", out) <= 1e-4

@@ -1,4 +1,4 @@
-"""Tests that the faults apply to the current sources; ``make faults`` checks that the tests find them."""
+"""Tests that the planted faults apply to the current sources; ``make faults`` checks that the tests detect them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAULTS = all_faults()
 
 
 def marks_of(path: Path, function: str) -> set[str]:
-    """Return the names in a test's decorators."""
+    """Return the attribute names in the decorators of the test ``function`` in ``path``, such as its marks."""
     tree = ast.parse(path.read_text())
     (test,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     return {node.attr for d in test.decorator_list for node in ast.walk(d) if isinstance(node, ast.Attribute)}

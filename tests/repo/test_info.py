@@ -143,7 +143,7 @@ def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPat
 
 @needs_extension
 def test_nothing_is_missing_without_the_python_module() -> None:
-    """A build copied to another Python lacks swinkernels._C; ops, backends and build information are the same."""
+    """Without swinkernels._C (a build copied to another Python), ops, backends and build information are the same."""
     script = """
 import json, sys
 sys.modules["swinkernels._C"] = None  # importing it is an ImportError

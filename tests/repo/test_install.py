@@ -1,4 +1,4 @@
-"""Tests the README's installation, executed word for word in a new environment: it takes minutes and network access."""
+"""Tests the README's installation, run verbatim in a new environment. This takes minutes and needs network access."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Environment:
         self.run(f"pip install torch=={torch.__version__.partition('+')[0]}", folder)
 
     def run(self, commands: str, folder: Path, kernels: str = "cpu") -> str:
-        """Return the output of the commands, with $SWINKERNELS_BUILD from ``kernels``."""
+        """Run the shell ``commands`` in ``folder`` with SWINKERNELS_BUILD=``kernels``, and return their output."""
         path = f"{self.elsewhere / 'env' / 'bin'}{os.pathsep}{os.environ['PATH']}"
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         # One architecture only: compiling all CUDA kernels for two would take ten minutes.
@@ -56,7 +56,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     "kernels",
     [
         "cpu",
-        # The kernels of window attention in bfloat16, in addition to the CPU kernels.
+        # "hot": the CUDA kernels of window attention in bfloat16, in addition to the CPU kernels
         pytest.param("hot", marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")),
     ],
 )
@@ -71,7 +71,7 @@ def test_install_block_of_the_readme(environment: Environment, kernels: str) -> 
 
 
 def test_an_installation_that_the_checkout_hides(environment: Environment) -> None:
-    """Without -e the package works everywhere except in the checkout, where an error explains why."""
+    """Installed without -e, the package works everywhere except in the checkout, where an error explains why not."""
     environment.run("pip uninstall --yes swinkernels", environment.elsewhere)
     for library in environment.checkout.rglob("*.so"):
         library.unlink()

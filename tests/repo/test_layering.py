@@ -1,4 +1,4 @@
-"""Tests that dependencies point down only: a file's folder determines its allowed imports and includes."""
+"""Tests that dependencies only point down: a file's folder determines which imports and includes are allowed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUOTED_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
 def parts_imported(source: str, module: str, is_package: bool, modules: set[str]) -> set[str]:
-    """Return the parts of swinkernels that a module imports anywhere; "" is the top-level package itself."""
+    """Return the parts of swinkernels that ``source`` imports, also in functions; "" is the top-level package."""
     found = set()
 
     def add(name: str) -> None:
@@ -108,7 +108,7 @@ def test_imports_point_down():
     ],
 )
 def test_the_check_sees(tmp_path, path, line):
-    """Each of these lines is found in an otherwise valid package."""
+    """wrong_imports reports ``line`` in an otherwise valid package."""
     for part in ("reference", "triton", "ops", "nn", "adapters", "integrations"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "__init__.py").write_text("import math\n")
@@ -151,14 +151,14 @@ def test_kernels_and_params_know_nothing_of_torch():
 
 
 def test_only_bindings_include_torch():
-    """The search finds includes of torch in the bindings, and nowhere else under csrc."""
+    """Under csrc, the bindings include torch's headers, and nothing else does."""
     with_torch = {p.relative_to(CSRC).parts[0] for p in sources(".") if TORCH_HEADER.search(p.read_text())}
     assert with_torch == {"bindings"}
 
 
 @pytest.mark.parametrize(("folder", "allowed"), [("params", ("params",)), ("kernels", ("params", "kernels"))])
 def test_includes_point_down(folder, allowed):
-    """Every quoted include of params or kernels is in an allowed folder."""
+    """Every quoted include in params or kernels names a file in an allowed folder."""
     for path in sources(folder):
         for name in QUOTED_INCLUDE.findall(without_comments(path.read_text())):
             candidates = [p for p in (path.parent / name, CSRC / name, CSRC / "kernels" / name) if p.exists()]

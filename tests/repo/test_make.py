@@ -1,4 +1,4 @@
-"""Tests that `make` installs, builds and prints the right things, and that `make check` selects the right tests."""
+"""Tests what `make` installs, builds and prints, and which tests `make check` selects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_GPU = "NVIDIA-SMI has failed because it could not communicate with the NVIDIA
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Make a folder with the Makefile and the files that it reads, and an nvidia-smi that reports no GPU."""
+    """Return a folder with the Makefile, the files that it reads, and an nvidia-smi that reports no GPU."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "csrc").mkdir()
@@ -43,7 +43,7 @@ def make(checkout: Path, *arguments: str, **environ: str) -> subprocess.Complete
 
 
 def kernels(checkout: Path, *arguments: str, **environ: str) -> str:
-    """Return the kernels that a dry run would build: the value of SWINKERNELS_BUILD for setup.py."""
+    """Return which kernels a dry run of make would build: the value of SWINKERNELS_BUILD for setup.py."""
     done = make(checkout, "--dry-run", *arguments, **environ)
     assert done.returncode == 0, done.stderr
     (found,) = re.findall(r"SWINKERNELS_BUILD=(\w+) \S+ setup.py", done.stdout)
@@ -59,7 +59,7 @@ def test_cuda_kernels_are_built_where_they_are_needed(checkout: Path) -> None:
     assert kernels(checkout, "demo") == "auto"
     write_script(checkout / "tools" / "nvidia-smi", "exit 9")
     (checkout / "build" / "temp.linux" / "csrc" / "kernels" / "cuda").mkdir(parents=True)
-    assert kernels(checkout, "build") == "auto"  # an earlier build has CUDA kernels, and is kept complete
+    assert kernels(checkout, "build") == "auto"  # the earlier build has CUDA kernels, so they are built again
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_is_installed(checkout: Path, target: str, groups: list[str]) -> No
 
 
 def prepared(checkout: Path, python: str) -> None:
-    """Make an environment in which everything is installed; its Python is a script."""
+    """Create a virtual environment that make takes for complete, with the script ``python`` as its interpreter."""
     write_script(checkout / ".venv" / "bin" / "python", python)
     for line in make(checkout, "--dry-run", "build").stdout.splitlines():
         if stamp := re.search(r"touch (\.venv/\S+)", line):
@@ -130,7 +130,7 @@ def test_the_tests_of_a_source(source: str, expected: str) -> None:
 
 
 def test_every_source_has_tests() -> None:
-    """If no test file matches the name of a source, all tests of its folder are selected."""
+    """At least one test file is selected for every source: all of its folder's, if no file name matches."""
     sources = [*(ROOT / "swinkernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     for path in sources:
         assert changed.tests_of(str(path.relative_to(ROOT)), TESTS), path

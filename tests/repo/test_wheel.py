@@ -1,7 +1,7 @@
 """Tests that the wheels of ``make wheel`` have the right contents, and run without a compiler.
 
-Environments are made with the oldest and the newest Python on the PATH, and the oldest and the newest torch. pyenv
-provides its versions if PYENV_VERSION names them, separated by colons.
+The environments have the oldest and the newest Python on the PATH, and the oldest and the newest torch. Under
+pyenv, PYENV_VERSION names the versions to find on the PATH, separated by colons.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from swinkernels.ops._arguments import MAX_WINDOW_VOLUME
 from swinkernels.testing import WindowAttentionCase as Case
 
-# With fewer elements, the rounding errors of a result do not average out, and its RMS error is random.
+# The rounding errors of a result with fewer elements do not average out, so its RMS error is random.
 MIN_ELEMENTS = 100
 
 
@@ -94,7 +94,7 @@ def draw_case(
 def ends_that_may_meet(
     size: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str
 ) -> tuple[bool, ...]:
-    """Return True for each axis that may be periodic because a shift joins its ends without padding in between."""
+    """Return, for each axis, whether it may be periodic: the shift must not leave padding between its ends."""
     return tuple(
         s == 0 or n % w == 0 or pad_order == "roll_then_pad" for n, w, s in zip(size, window, shift, strict=True)
     )
@@ -115,6 +115,6 @@ def cases(draw, *, longest: int = 6, beyond: int = 3, most: int = 3, head_dims: 
 
 
 def all_ops() -> set[str]:
-    """Return the ops of this package that compute on tensors."""
+    """Return the names of this package's ops that have a tensor argument."""
     schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("swinkernels::")]
     return {s.name.partition("::")[2] for s in schemas if any(str(a.type) == "Tensor" for a in s.arguments)}

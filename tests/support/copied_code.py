@@ -1,4 +1,4 @@
-"""Replaces methods of copies in a way that their snapshots do not detect."""
+"""Replaces methods of copies of published classes so that their snapshots still match."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.published import refuse
 
 
 def refuse_forward(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
-    """Make the forward of a class and its subclasses raise an error, so that a passing test proves that an op ran."""
+    """Make ``kind.forward`` raise an error, also where inherited, so that a passing test proves that an op ran."""
 
     is_code = snapshot._is_code
     refuse(monkeypatch, kind)

@@ -18,13 +18,13 @@ import pytest
 
 
 def seconds_of_all_processes() -> float:
-    """Return the CPU seconds of this process, of its running descendants, and of those that they have waited for."""
+    """Return the CPU seconds of this process, its running descendants, and the ended children that these waited for."""
     own: dict[int, float] = {}
     children: dict[int, list[int]] = collections.defaultdict(list)
     for folder in Path("/proc").iterdir():
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split() if folder.name.isdigit() else []
-        except OSError:  # the process has ended meanwhile
+        except OSError:  # the process has ended in the meantime
             continue
         if fields:
             own[int(folder.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
@@ -52,7 +52,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def main(file: Path) -> None:
-    """Print the total CPU time, and the 40 slowest tests."""
+    """Print the total CPU time in ``file``, and the 40 slowest tests."""
     times = [(float(seconds), test) for seconds, _, test in (x.partition(" ") for x in file.read_text().splitlines())]
     print(f"{len(times)} tests, {sum(seconds for seconds, _ in times) / 60:.1f} CPU minutes\n")
     print("| CPU s | test |\n|---|---|")

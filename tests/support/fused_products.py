@@ -32,7 +32,7 @@ def fused_calls() -> Iterator[list[str]]:
 def always_fused() -> Iterator[None]:
     """Make modules use fused Linear layers for maps of any size and dtype.
 
-    In float64 plain PyTorch then computes the products: such tests check which modules are called.
+    In float64 plain PyTorch still computes the products, so such tests only check which modules are called.
     """
     with (
         mock.patch.object(linear_layers, "fuses", _fuses),

@@ -21,7 +21,7 @@ class LowScores(WindowAttentionCase):
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
         inputs = super().inputs(dtype, device, seed)
         name = "bias" if self.bias_types is not None else "bias_table"
-        if name == "bias":  # a different score for each query, down to the lowest
+        if name == "bias":  # a different term for each query, from 0 down to ``lowest``
             rows = torch.linspace(0.0, self.lowest, inputs[name].shape[-2], device=device)
             inputs[name] = inputs[name] + rows[:, None]
         else:

@@ -1,4 +1,4 @@
-"""A loss whose backward pass passes on no gradient."""
+"""A loss whose backward pass returns no gradient to its inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NoGradient(torch.autograd.Function):
-    """Sums tensors; its backward pass returns None, which autograd does not treat like zeros."""
+    """The sum of tensors. Its backward pass returns None, which autograd does not treat as zeros."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:

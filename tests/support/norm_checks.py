@@ -16,11 +16,11 @@ from swinkernels.reference.patch_merging import neighbours
 from swinkernels.testing import assert_within_budget
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# The dtypes of the normalised map or the stream, and of the next Linear's input. NORM_PAIRS adds half-precision results
-# of a Linear with a float32 norm.
+# Pairs of dtypes: of the normalised map or the residual stream, and of the next Linear's input. NORM_PAIRS adds norms
+# that read half-precision results of a Linear and return float32.
 PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
 NORM_PAIRS = [*PAIRS, (F16, F32), (BF16, F32)]
-# In rows shorter than this, too few rounding errors average out, and most of the gradient cancels in the norm.
+# In shorter rows, too few rounding errors average out, and most of the gradient cancels in the norm.
 SHORT_ROW = 16
 EPS = 1e-5
 
@@ -33,7 +33,7 @@ class NormCase:
     shape: tuple[int, ...]  # shape of x
     pair: tuple[torch.dtype, torch.dtype] = (F32, F32)  # dtypes of x and z, or of x and y
     factor: tuple[int, ...] = ()  # for merging or expanding, three values
-    order: str | tuple[int, ...] = "swin"  # for merging: a published order, or the neighbours' row-major numbers
+    order: str | tuple[int, ...] = "swin"  # for merging: a published order, or the neighbours' row-major indices
     has_weight: bool = True
     has_bias: bool = True
     parameter_dtype: torch.dtype = F32
@@ -61,18 +61,18 @@ class NormCase:
 
     @property
     def offsets(self) -> list[tuple[int, ...]]:
-        """Return the neighbours of a merged row, each by its offset on the merged axes."""
+        """Return each neighbour's offset on the merged axes, in the order of a merged row."""
         if isinstance(self.order, str):
             return list(neighbours(self.order, self.merged_axes))
         return [tuple(n >> i & 1 for i in reversed(range(self.merged_axes))) for n in self.order]
 
     @property
     def numbers(self) -> list[int]:
-        """Return the row-major numbers of the neighbours of a merged row."""
+        """Return each neighbour's row-major index, in the order of a merged row."""
         return [sum(o << i for i, o in enumerate(reversed(offset))) for offset in self.offsets]
 
     def rows(self, x: Tensor) -> Tensor:
-        """Return the rows to normalise, (..., L), for an x of any dtype: they consist of elements of x and zeros."""
+        """Return the rows to normalise, (..., L), which consist of elements of ``x`` and zeros."""
         if self.op == "patch_merging_norm":
             axes = range(x.dim() - 1 - self.merged_axes, x.dim() - 1)
             for axis in axes:
@@ -90,7 +90,7 @@ class NormCase:
         return x
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
-        """Draw all inputs, rounded to their dtypes; ``None`` parameters are left out."""
+        """Return random inputs, rounded to their dtypes, without the parameters that the case does not have."""
         g = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -111,7 +111,7 @@ class NormCase:
 
 
 def call(implementation: Any, case: NormCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run forward and backward of a case with the ops; return every result by name, without dy if it is dx."""
+    """Run the forward and backward op of ``implementation``; return all results by name, without dy if it equals dx."""
     fwd, bwd = (getattr(implementation, f"{case.op}_{direction}") for direction in ("fwd", "bwd"))
     x, weight, bias, scale = inputs["x"], inputs.get("weight"), inputs.get("bias"), inputs.get("drop_path_scale")
     needs = (weight is not None, bias is not None)
@@ -145,9 +145,9 @@ def call(implementation: Any, case: NormCase, inputs: dict[str, Tensor]) -> dict
 def define(
     case: NormCase, inputs: dict[str, Tensor], s: Tensor | None, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the exact results, computed in ``dtype``, and for gradients the sizes of the terms that cancel.
+    """Return the results by definition, computed in ``dtype``, and the magnitudes of the terms that may cancel in them.
 
-    ``s`` is the implementation's rounded sum of a residual, because the norm that follows reads the rounded sum.
+    ``s`` is the rounded sum of x and y from the implementation, because its norm reads the rounded sum.
     """
     wide = {name: x.to(dtype) for name, x in inputs.items()}
     leaves = {name: wide[name].requires_grad_() for name in ("x", "y", "weight", "bias") if name in wide}
@@ -199,7 +199,7 @@ def define(
 
 
 def check(implementation: Any, case: NormCase, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-    """Compare every result of a case with the definition in float64.
+    """Check every result of ``implementation`` against the definition in float64, and return the results.
 
     Gradients in float32, and gradients of short rows, are judged against the terms that cancel in them.
     """

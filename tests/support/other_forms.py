@@ -155,7 +155,7 @@ class ConvMlp(nn.Module):
 
 
 class ChannelsFirstBlock(Block):
-    """ResShift's form: takes (B, C, H, W), normalises groups of channels, and makes a mask for maps of another size."""
+    """ResShift's form: takes (B, C, H, W), has group norms, and computes a new mask for maps of another size."""
 
     def __init__(self, dim: int, input_resolution: Any, num_heads: int, window_size: int, shift_size: int) -> None:
         super().__init__(dim, num_heads, window_size, shift_size)
@@ -175,7 +175,7 @@ class ChannelsFirstBlock(Block):
 
 
 class VolumeBlock(Block):
-    """TransMorph's form: takes a sequence and the stage's mask; the volume's size (H, W, T) is in attributes."""
+    """TransMorph's form: takes a sequence and the stage's mask; H, W and T are attributes with the volume's size."""
 
     def __init__(self, dim: int, num_heads: int, window_size: Any, shift_size: Any) -> None:
         super().__init__(dim, num_heads, window_size, shift_size)
@@ -199,7 +199,7 @@ class FusedAttention(WindowAttention):
 
 
 class InfinityBlock(SegmentationBlock):
-    """BiRefNet's form: takes the stage's mask, in which masked pairs have scores of -inf."""
+    """BiRefNet's form: takes the stage's mask, in which masked pairs are -inf."""
 
     attention = FusedAttention
 
@@ -282,7 +282,7 @@ class DecomposedAttention(nn.Module):
 
 
 class FusedDecomposedAttention(DecomposedAttention):
-    """DeepSeek-OCR's form: calls torch's fused attention, which does not read the scale."""
+    """DeepSeek-OCR's form: calls torch's fused attention with its default scale, and does not read ``self.scale``."""
 
     def forward(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[1:3])
@@ -312,7 +312,7 @@ class DecomposedBlock(nn.Module):
 
 
 class WeightsAttention(WindowAttention):
-    """EsViT's form: also returns its weights as they are before dropout."""
+    """EsViT's form: also returns the attention weights before dropout."""
 
     def returned(self, weights: Tensor, dropped: Tensor) -> Tensor:
         return weights
@@ -329,7 +329,7 @@ class WeightsAttention(WindowAttention):
 
 
 class WeightsBlock(Block):
-    """EsViT's form: takes a square map of any size, and keeps the masks that it makes in a dict."""
+    """EsViT's form: takes the sequence of a square map of any size, and caches its masks in a dict."""
 
     attention = WeightsAttention
 
@@ -372,14 +372,14 @@ class WeightsStage(nn.Module):
 
 
 class DroppedWeightsAttention(WeightsAttention):
-    """HTSAT's form: also returns its weights as they are after dropout."""
+    """HTSAT's form: also returns the attention weights after dropout."""
 
     def returned(self, weights: Tensor, dropped: Tensor) -> Tensor:
         return dropped
 
 
 class HeatmapBlock(ClassificationBlock):
-    """HTSAT's form: takes a sequence for a map of one size, and also returns the weights."""
+    """HTSAT's form: takes the sequence of a map of one size, and also returns the attention weights."""
 
     attention = DroppedWeightsAttention
 
@@ -392,7 +392,7 @@ class HeatmapBlock(ClassificationBlock):
 
 
 class HeatmapStage(nn.Module):
-    """HTSAT's form: returns the mean of its blocks' weights or, in training, the weights of the last block."""
+    """HTSAT's form: also returns the mean of its blocks' attention weights or, in training, the last block's."""
 
     def __init__(self, dim: int, size: tuple[int, int], num_heads: int, window_size: int) -> None:
         super().__init__()
@@ -409,7 +409,7 @@ class HeatmapStage(nn.Module):
 
 
 class HeatmapModel(nn.Module):
-    """HTSAT's form: a switch decides whether the model reads its last stage's weights. laion-clap has no switch."""
+    """HTSAT's form: an option makes the model use the last stage's attention weights. laion-clap has no such option."""
 
     def __init__(self, dim: int, size: tuple[int, int], num_heads: int, window_size: int, heatmap: bool) -> None:
         super().__init__()
@@ -425,7 +425,7 @@ class HeatmapModel(nn.Module):
 
 
 def renumbered(window: tuple[int, int, int]) -> Tensor:
-    """Return nnFormer's index of the bias table, in which some offsets share a value."""
+    """Return nnFormer's index into the bias table, in which some offsets share a row."""
     at = torch.stack(torch.meshgrid(*(torch.arange(w) for w in window), indexing="ij")).flatten(1)
     factors = 3 * window[1] - 1, 2 * window[1] - 1, 1
     offsets = at[:, :, None] - at[:, None] + torch.tensor(window)[:, None, None] - 1
@@ -433,7 +433,7 @@ def renumbered(window: tuple[int, int, int]) -> Tensor:
 
 
 class SkipAttention(WindowAttention):
-    """nnFormer's form: queries come from the decoder, keys and values from the encoder; offsets share index values."""
+    """nnFormer's form: queries come from the decoder, keys and values from the encoder; offsets share table rows."""
 
     def __init__(self, dim: int, window_size: tuple[int, int, int], num_heads: int) -> None:
         super().__init__(dim, window_size, num_heads)
@@ -470,7 +470,7 @@ class SkipBlock(nn.Module):
 
 
 class CubeBlock(Block):
-    """nnFormer's form: takes a sequence for a volume of one size and the mask of the stage, and has cubic windows."""
+    """nnFormer's form: takes the sequence of a volume of one size, and the stage's mask; windows are cubic."""
 
     def __init__(self, dim: int, size: Any, num_heads: int, window: int, shift: int) -> None:
         super().__init__(dim, num_heads, (window,) * 3, shift)
@@ -484,7 +484,7 @@ class CubeBlock(Block):
 
 
 class SkipCubeBlock(CubeBlock):
-    """nnFormer's form: the first block of a decoder's stage, whose queries come from the decoder."""
+    """nnFormer's form: the first block of a decoder stage, whose queries come from the decoder."""
 
     attention = SkipAttention
 
@@ -518,7 +518,7 @@ class Double(nn.Module):
 
 
 class CubeStage(nn.Module):
-    """nnFormer's form: an encoder's stage, which makes the mask, and returns its result at full and at half size."""
+    """nnFormer's form: an encoder stage, which computes the mask and returns its result at full and at half size."""
 
     def __init__(self, dim: int, size: Any, num_heads: int, window: int) -> None:
         super().__init__()
@@ -537,7 +537,7 @@ class CubeStage(nn.Module):
 
 
 class CubeStageUp(CubeStage):
-    """nnFormer's form: a decoder's stage, which doubles the volume and gets the encoder's result."""
+    """nnFormer's form: a decoder stage, which doubles the size of the volume and takes the encoder's result."""
 
     def __init__(self, dim: int, size: Any, num_heads: int, window: int) -> None:
         super().__init__(dim, size, num_heads, window)
@@ -556,7 +556,7 @@ class CubeStageUp(CubeStage):
 
 
 class CubeModel(nn.Module):
-    """nnFormer's form: an encoder's stage and the decoder's stage that gets its result."""
+    """nnFormer's form: an encoder stage and the decoder stage that takes its result."""
 
     def __init__(self, dim: int, size: tuple[int, int, int], num_heads: int, window: int) -> None:
         super().__init__()

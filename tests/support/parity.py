@@ -1,4 +1,4 @@
-"""Compares a model before and after accelerate: outputs and every gradient."""
+"""Compares the outputs and gradients of a model before and after accelerate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def randomise(module: nn.Module) -> None:
-    """Move a module far from its initial state, so that bias, mask, scale, pad tokens and norms all matter."""
+    """Set parameters far from their initial values, so that bias, mask, scale, pad tokens and norms all matter."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name.endswith(("relative_position_bias_table", "qkv.bias", "q_bias", "v_bias")) or (
@@ -28,7 +28,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
-    """Return output (or numbered outputs), and the gradient of the input and of every parameter that has one."""
+    """Return the output of ``model`` (or outputs by index), and the gradients of ``x`` and of all used parameters."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     out = model(x, *others)
@@ -43,7 +43,7 @@ def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
 
 
 def shaken(model: nn.Module, x: Tensor, dtype: torch.dtype, *others: Any) -> list[dict[str, Tensor]]:
-    """Run a model in float64 a few times with input and parameters moved by an eps of the dtype.
+    """Return the results of three float64 runs with input and parameters changed by a relative eps of ``dtype``.
 
     Several runs are needed because the change of the largest element is random: it varied by a factor of 13.
     """
@@ -69,11 +69,11 @@ def assert_as_good(
     exact: dict[str, Tensor],
     moved: list[dict[str, Tensor]] | None = None,
 ) -> None:
-    """Check that errors against float64 are at most twice the library's errors in the same dtype, plus a few eps.
+    """Check that the errors of ``got`` against ``exact`` are at most twice those of ``plain``, plus a few eps.
 
-    If large scores and sums that cancel magnify rounding errors, ``moved`` gives their size (see :func:`shaken`). A
-    gradient that is zero in theory, as for a constant in all scores, may be as large as the rounding error of the
-    largest gradient.
+    If large scores or cancelling sums magnify rounding errors, ``moved`` (the results of :func:`shaken`) raises the
+    limit. A gradient that is zero in theory, such as that of a constant added to all scores, may be as large as the
+    rounding error of the largest gradient.
     """
     assert got.keys() == plain.keys() == exact.keys()
     largest = max(t.abs().max() for t in exact.values())
@@ -81,7 +81,7 @@ def assert_as_good(
         assert got[name].dtype == plain[name].dtype, name
         eps = torch.finfo(got[name].dtype).eps * (256 if got[name].dtype == torch.float64 else 4)
         times = _times_of_plain_error(name)
-        few = 1 + 20 / exact[name].numel()  # the error of few elements, for example one per head, varies by chance
+        few = 1 + 20 / exact[name].numel()  # the error of a few elements, such as one per head, varies by chance
         error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
         for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
             size = measure(exact[name])
@@ -93,22 +93,25 @@ def assert_as_good(
 
 
 def _times_of_plain_error(name: str) -> int:
-    """Return the multiple of plain code's error that is allowed for a gradient.
+    """Return the allowed ratio of the error of the gradient ``name`` to the plain code's error.
 
-    Gradients that only depend on keys nearly cancel. The gradient of transformers' position MLP depends on a few dozen
-    such sums, which are added in another order here: the error of one sum spreads to all elements of the gradient.
+    Gradients of key projections are sums that nearly cancel. The gradient of transformers' position MLP depends on a
+    few dozen such sums, which are added in another order here: the error of one sum spreads to the whole gradient.
     """
     return 4 if any(part in name for part in ("position_bias_mlp", ".k_proj.", ".key.")) else 2
 
 
 def assert_as_noisy(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Check results in low precision: whole models round dozens of times, so errors differ, but not in size."""
+    """Check that the errors of ``got`` against ``exact`` are about as large as those of ``plain``.
+
+    A whole model in low precision rounds dozens of times, so the errors themselves differ.
+    """
     assert got.keys() == plain.keys() == exact.keys()
     errors, bases = [], []
     for name in exact:
         assert got[name].dtype == plain[name].dtype, name
         error, base = ((r[name].double() - exact[name]).norm() for r in (got, plain))
-        size, few = exact[name].norm(), 1 + 20 / exact[name].numel()  # the error of few elements varies by chance
+        size, few = exact[name].norm(), 1 + 20 / exact[name].numel()  # the error of a few elements varies by chance
         limit = few * (_times_of_plain_error(name) * base + 2**-8 * size)
         assert error <= limit, f"{name}: error {error / size:.3g}, plain {base / size:.3g}"
         if size > 0:

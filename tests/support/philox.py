@@ -1,4 +1,4 @@
-"""Computes the random numbers of the kernels' dropout in NumPy; the seed determines which weights are kept."""
+"""Computes, in NumPy, the dropout masks that the kernels draw from a seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ROUNDS = 10
 
 
 def philox(key: int, counter: np.ndarray) -> np.ndarray:
-    """Return Philox4x32-10 (Salmon et al., 2011) of counters (..., 4) in uint32."""
+    """Return the Philox4x32-10 numbers (Salmon et al., 2011) of ``key`` and ``counter`` (..., 4), as uint32."""
     c = counter.astype(np.uint64)
     k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(_ROUNDS):
@@ -30,7 +30,7 @@ def philox(key: int, counter: np.ndarray) -> np.ndarray:
 
 
 def kept_weights(seed: int, p: float, batch: int, num_windows: int, num_heads: int, tokens: int) -> Tensor:
-    """Return 1 where the CUDA kernels (dropout.cuh) keep a weight, else 0, as (B, num_windows, heads, N, N)."""
+    """Return the mask (B, num_windows, heads, N, N) of attention weights that the CUDA kernels keep (dropout.cuh)."""
     head, i, j = np.meshgrid(
         np.arange(batch * num_windows * num_heads), np.arange(tokens), np.arange(tokens), indexing="ij"
     )
@@ -44,9 +44,9 @@ def kept_weights(seed: int, p: float, batch: int, num_windows: int, num_heads: i
 def kept_by_triton(
     seed: int, p: float, batch: int, num_windows: int, num_heads: int, queries: int, keys: int
 ) -> Tensor:
-    """Return the weights that swinkernels/triton keeps, as 1 or 0, (batch, num_windows, num_heads, queries, keys).
+    """Return the mask (batch, num_windows, num_heads, queries, keys) of attention weights kept by swinkernels/triton.
 
-    Triton's counter is (key / 4, query, window, head): a counter's four numbers belong to four neighbouring keys.
+    Its counter is (key / 4, query, window, head), and its four numbers are for four neighbouring keys.
     """
     shape = (batch * num_windows, num_heads, queries, -(-keys // 4))
     window, head, query, quad = np.meshgrid(*(np.arange(x, dtype=np.uint64) for x in shape), indexing="ij")

@@ -1,4 +1,4 @@
-"""Small modules for tests with edits: one of each kind in which accelerate replaces the attention."""
+"""Small modules in which accelerate replaces the attention, one of each kind, for tests that edit modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Place:
     index_of: str | None = "attn"
 
     def model(self) -> Any:
-        """Make the module in float64, with random parameters, so that every part affects the output."""
+        """Build the module in float64, with random parameters, so that every part affects the output."""
         torch.manual_seed(0)
         model = self.make().eval().double()
         with torch.no_grad():
@@ -134,7 +134,7 @@ def _transformers() -> dict[str, Place]:
 
 
 def _unnamed() -> dict[str, Place]:
-    """Return a module that a form covers, and a copy of published code; accelerate replaces both after a trial."""
+    """Return a module that an adapter's form covers, and a copy of published code; both are replaced after a trial."""
     from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
     from tests.support.published_forms import ClassificationBlock
@@ -146,7 +146,7 @@ def _unnamed() -> dict[str, Place]:
 
 
 def places() -> dict[str, Place]:
-    """Return the places of the installed libraries, by name."""
+    """Return the modules of all installed libraries as Places, by name."""
     found: dict[str, Place] = {}
     for of_library in (_timm, _torchvision, _monai, _mmpretrain, _transformers, _unnamed):
         try:
@@ -160,7 +160,7 @@ PLACES = types.MappingProxyType(places())
 
 
 def beyond_limits() -> dict[str, tuple[Place, str]]:
-    """Return places with heads of 130 channels or windows of 33 x 32 tokens, each with the reason in the report."""
+    """Return Places with heads of 130 channels or windows of 33 x 32 tokens, each with the reason in the report."""
     heads, windows = "its heads have 130 channels", "its windows have 1056 tokens"
     found: dict[str, tuple[Place, str]] = {}
     if "timm swin" in PLACES:

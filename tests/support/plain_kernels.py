@@ -1,7 +1,7 @@
-"""Kernels of the ops in plain PyTorch on the CPU, so that the Python code around a kernel runs anywhere.
+"""Kernels of the ops in plain PyTorch on the CPU, so that the Python code around the kernels runs on any machine.
 
 Each kernel asserts the op's guarantees about its arguments, computes in float64 and rounds once. The backward passes
-are explicit, because a kernel runs below autograd.
+are explicit, because kernels run below autograd.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _window_reverse(windows, size, window_size, shift_size, roll_then_pad):
 
 
 def _pieces(rank: int, factor: list[int], neighbours: list[int]) -> list[tuple]:
-    """Return the indices of all blocks' neighbours in a padded map, in the order of the output's pieces."""
+    """Return, for each piece of the merged rows, the index that selects its neighbour in all blocks of a padded map."""
     assert len(factor) == 3
     assert len(neighbours) == math.prod(factor)
     offsets = list(itertools.product(*(range(f) for f in factor)))
@@ -106,7 +106,7 @@ def _patch_merging_norm_bwd(dz, x, weight, mean, rstd, factor, neighbours, needs
 
 
 def _laid_out(x: Tensor, factor: list[int]) -> Tensor:
-    """Move the parts of every token to their positions in the larger map, in float64."""
+    """Return ``x`` in float64, with the parts of every token at their positions in the expanded map."""
     if not factor:
         return x.double()
     rank = x.dim() - 2
@@ -180,7 +180,7 @@ def _residual_post_norm_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dw
 
 
 def _attention(maps, tables, *wire):
-    """Return out and lse of the reference; the seed determines the dropout pattern."""
+    """Return out and lse of the reference; the seed tensor determines the dropout mask."""
     spec = WindowSpec.parse(*wire)
     bias_table, bias, logit_scale, pad_qkv, region_map, seed = tables
     assert all(t is None or t.dtype == torch.float32 for t in (bias_table, bias, logit_scale))
@@ -211,7 +211,7 @@ def _attention(maps, tables, *wire):
 
 
 def _attention_kernels(count: int) -> tuple[Callable, Callable]:
-    """Make the forward and backward kernel of the form with ``count`` maps."""
+    """Return the forward and backward kernel of the op that takes ``count`` maps: one (qkv) or three (q, k, v)."""
 
     def fwd(*args):
         out, lse = _attention(args[:count], args[count : count + 6], *args[-4:])
@@ -265,11 +265,11 @@ _TRITON_KERNELS = {
 
 @contextlib.contextmanager
 def attached() -> Iterator[None]:
-    """Attach these kernels to the CPU key of the ops."""
+    """Register these kernels for the ops' CPU dispatch key while the context is active."""
     library = torch.library.Library("swinkernels", "IMPL")
     for name, kernel in _KERNELS.items():
         library.impl(name, kernel, "CPU")
-    if not _backends.interpreting():  # otherwise Triton's own kernels are attached
+    if not _backends.interpreting():  # otherwise Triton's own kernels are registered
         for name, kernel in {**{name: _KERNELS[name] for name in WITH_TRITON}, **_TRITON_KERNELS}.items():
             library.impl(f"{name}_triton", kernel, "CPU")
     try:

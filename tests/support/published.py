@@ -1,4 +1,4 @@
-"""Replaces methods of libraries in a way that the adapters do not detect."""
+"""Replaces methods of library classes in a way that the adapters do not detect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swinkernels.adapters import bypass
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, function: Any) -> None:
-    """Give a class another method as if its library had published it."""
+    """Replace ``kind``'s ``method`` with ``function``, as if the library had published it."""
     monkeypatch.setattr(kind, method, function)
     for watched, methods in {kind: (("forward", None), ("__call__", kind.__call__)), **bypass._PUBLISHED}.items():
         if getattr(watched, method, None) is function:  # a subclass may inherit the method
@@ -19,7 +19,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, function: A
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str = "forward") -> None:
-    """Make a method raise an error, so that a passing test proves that an op ran instead."""
+    """Make ``kind``'s ``method`` raise an error, so that a passing test proves that an op ran instead."""
 
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError(f"{kind.__name__}.{method} ran")

@@ -82,7 +82,7 @@ class WindowAttention(nn.Module):
 
 
 class CosineAttention(WindowAttention):
-    """The cosine attention of v2."""
+    """Swin v2's cosine attention."""
 
     def __init__(self, dim: int, window_size: tuple[int, ...], num_heads: int) -> None:
         super().__init__(dim, window_size, num_heads)
@@ -108,7 +108,7 @@ class CosineAttention(WindowAttention):
 
 
 class DropPath(nn.Module):
-    """The drop path of projects without timm."""
+    """The DropPath of projects that do not use timm's."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """The code that all forms share."""
+    """The code that all forms of the block share."""
 
     attention: type[WindowAttention] = WindowAttention
 
@@ -211,7 +211,7 @@ class ClassificationBlockV2(ClassificationBlock):
 
 
 class RestorationBlock(ClassificationBlock):
-    """SwinIR's form: takes the size as an argument, and makes a new mask for another size."""
+    """SwinIR's form: takes the size as an argument, and computes a new mask for sizes other than input_resolution."""
 
     def forward(self, x: Tensor, x_size: tuple[int, int]) -> Tensor:
         mask = self.attn_mask if tuple(x_size) == tuple(self.input_resolution) else self.calculate_mask(x_size).to(x)
@@ -221,7 +221,7 @@ class RestorationBlock(ClassificationBlock):
 
 
 class SegmentationBlock(Block):
-    """mmseg's form: pads maps of any size, which the stage sets in attributes; the mask comes from the stage."""
+    """mmseg's form: pads maps of any size; the stage sets the size in attributes, and passes the mask."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int = 4, shift_size: int = 0, **options: Any) -> None:
         super().__init__(dim, num_heads, window_size, shift_size, **options)
@@ -236,7 +236,7 @@ class SegmentationBlock(Block):
 
 
 class VideoBlock(Block):
-    """Video Swin's form: takes (B, D, H, W, C), clamps windows to the map, and may be checkpointed."""
+    """Video Swin's form: takes (B, D, H, W, C), clamps windows to the map, and supports activation checkpointing."""
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ def clamped(size: Any, window: Any, shift: Any) -> tuple[tuple[int, ...], tuple[
 
 
 class MapBlock(Block):
-    """Takes only (B, H, W, C), of any size; rolls, then pads, and makes a new mask in every call."""
+    """A form that takes (B, H, W, C) of any size, rolls and then pads it, and computes the mask in every call."""
 
     def forward(self, x: Tensor) -> Tensor:
         window, shift = (self.window_size,) * 2, (self.shift_size,) * 2
@@ -308,7 +308,7 @@ class IndexedAttention(WindowAttention):
 
 
 class HybridBlock(ClassificationBlock):
-    """HAT's form: has a convolution parallel to the attention, and gets index and mask from the model."""
+    """HAT's form: has a convolution parallel to the attention, and takes index and mask from the model."""
 
     attention = IndexedAttention
 

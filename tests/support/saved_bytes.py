@@ -1,4 +1,4 @@
-"""Counts the bytes that a call keeps for its backward pass."""
+"""Counts the bytes that a call saves for its backward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def kept_bytes(function: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages that a call keeps for its backward pass, without parameters."""
+    """Return the bytes of the storages that ``function()`` saves for its backward pass, except ``parameters``."""
     of_parameters = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -1,4 +1,4 @@
-"""Compare a reference with another implementation of the same function: results and every gradient, in float64."""
+"""Compares the results and all gradients of two implementations of a function in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Return the module in float64 and evaluation mode, with random parameters unlike those of an initialisation."""
+    """Return ``module`` in float64 and evaluation mode, with random values in place of its initial parameters."""
     g = torch.Generator().manual_seed(seed)
     module = module.double().eval()
     with torch.no_grad():
@@ -27,7 +27,7 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 def assert_same(
     ours: Callable[[], Tensor], theirs: Callable[[], Tensor], leaves: Iterable[Tensor | None], tolerance: float = 1e-10
 ) -> None:
-    """Check that both calls give the same result and the same gradient for each of the leaves."""
+    """Check that ``ours`` and ``theirs`` give the same result and the same gradients for all ``leaves``."""
     leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
     got, expected = ours(), theirs()
     assert got.shape == expected.shape

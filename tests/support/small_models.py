@@ -28,7 +28,7 @@ class Swin:
 
 
 class Outputs(nn.Module):
-    """Returns the main tensors of a transformers model's output."""
+    """Returns the first tensor of a transformers model's output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Clap(nn.Module):
 
 
 class Copies(nn.Module):
-    """Two blocks of a published form, the second one shifted, each called with the arguments that its model passes."""
+    """Two blocks of a published form, the second one shifted, called with the arguments of the published model."""
 
     def __init__(self, make: Callable[[int], nn.Module], hand: Callable[[nn.Module, Tensor], tuple[Any, ...]]) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def _hand_lead_time(block: Any, x: Tensor) -> tuple[Any, ...]:
 
 
 def _decomposed(attention: Any) -> nn.Module:
-    """Make two blocks with windows, and one without."""
+    """Build two blocks with windows, and one without."""
     return nn.Sequential(*(others.DecomposedBlock(attention, 12, 3, window, (7, 9)) for window in (4, 4, 0)))
 
 
@@ -281,7 +281,7 @@ def _sam2() -> nn.Module:
 
 
 def _sam(module: str, layer: str, config: str) -> nn.Module:
-    """Make two layers with windows, and one without."""
+    """Build two layers with windows, and one without."""
     import importlib
 
     import transformers
@@ -305,7 +305,7 @@ def _vitdet() -> nn.Module:
 
 
 def _cut(make: Callable[[], nn.Module], dim: int, window: tuple[int, ...]) -> nn.Module:
-    """Make two blocks around an attention, the second one shifted."""
+    """Build two blocks around the attention that ``make`` returns, the second one shifted."""
     shifts = tuple(0 for _ in window), tuple(w // 2 for w in window)
     return nn.Sequential(*(others.CutBlock(make(), dim, window, shift) for shift in shifts))
 
@@ -442,7 +442,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-# Family with its own form -> the number of modules that use an op, and words of the report on the other modules.
+# Family with its own form -> the number of modules that use an op, and a word of the reason for each skipped one.
 FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "timm DaViT": (2, ()),
     "timm TinyViT": (2, ()),
@@ -482,24 +482,24 @@ FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-# Models of the families above, in another version.
+# Other versions of the families above.
 VERSIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mmpretrain v2": (lambda: mmpretrain_swin(2, img_size=16), (2, 3, 18, 14)),
 }
 
 
 def make_model(family: str) -> nn.Module:
-    """Make a model far from its initial state, so that bias, mask, scale, pad tokens and norms all matter."""
+    """Build a model with parameters far from their initial values, so that bias, mask, scale, pads and norms matter."""
     torch.manual_seed(0)
     model = (FAMILIES | VERSIONS)[family][0]()
     randomise(model)
     for name, p in model.named_parameters():
-        if p.dim() == 1 and not bool(p.any()):  # biases, and v2's norms, whose branches start at 0
+        if p.dim() == 1 and not bool(p.any()):  # biases, and the weights of v2's norms, which start at 0
             nn.init.normal_(p, mean=float("norm" in name and name.endswith("weight")), std=0.2)
         elif not bool(p.any()):  # heads and tables that start at 0
             nn.init.normal_(p, std=0.2)
         if name.endswith("mlp.fc2.bias") and "rel_pos" in name:
-            p.requires_grad_(False)  # softmax ignores a constant in all scores: the gradient is only rounding error
+            p.requires_grad_(False)  # softmax ignores a constant added to all scores: the gradient is rounding error
     return model.double().eval()
 
 

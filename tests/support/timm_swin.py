@@ -1,4 +1,4 @@
-"""Makes small timm Swins, v1 and v2, and compares them before and after accelerate."""
+"""Builds small timm Swins, v1 and v2, and compares them before and after accelerate."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def make_model(version: int = 1, seed: int = 0, **options: Any) -> Any:
-    """Make a small Swin far from its initial state, so that bias, mask, scale, pad tokens and norms all matter."""
+    """Build a Swin with parameters far from their initial values, so that bias, mask, scale, pads and norms matter."""
     torch.manual_seed(seed)
     defaults = {
         "img_size": (36, 52),
@@ -59,7 +59,7 @@ def make_model(version: int = 1, seed: int = 0, **options: Any) -> Any:
                 p.normal_(std=1.5 * p.shape[1] ** -0.5)
             elif name.endswith(("qkv.bias", "q_bias", "v_bias")):
                 p.normal_()
-            elif ".norm" in name and "layers." in name:  # v2 starts with weight 0: its branches are zero
+            elif ".norm" in name and "layers." in name:  # v2's norms start with weight 0, so its branches are zero
                 p.normal_(mean=float(name.endswith("weight")), std=0.2)
     return model
 
@@ -75,9 +75,9 @@ def replaceable(model: nn.Module) -> list[nn.Module]:
 
 
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto", magnifies: bool = False) -> None:
-    """Compare the model with its accelerated copy; the reference is the model in float64.
+    """Compare ``model`` with its accelerated copy; the reference is ``model`` in float64.
 
-    ``magnifies``: the model's scores are large, and its gradients are sums that cancel (v2).
+    Set ``magnifies`` for v2, whose large scores and cancelling sums magnify rounding errors.
     """
     fast = copy.deepcopy(model)
     report = swinkernels.accelerate(fast, backend=backend)

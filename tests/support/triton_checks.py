@@ -1,9 +1,9 @@
 """Checks of the Triton backend that run on a GPU if there is one, and otherwise in Triton's CPU interpreter.
 
-Triton decides whether to interpret a kernel when it is defined. So without a GPU checks run in a child process with
-TRITON_INTERPRET=1, one process for all files, which gets the checks' names one after another; each check runs once, in
-the pytest-xdist process that requests it. The interpreter computes bfloat16 wrongly and takes about 10 ms per program,
-so interpreted checks use float32 and float16 and small cases.
+Triton decides whether to interpret a kernel when the kernel is defined. Without a GPU, the checks therefore run in a
+child process with TRITON_INTERPRET=1. Each pytest-xdist worker has one child for all files, and sends it the names of
+the checks that the worker runs. The interpreter computes bfloat16 wrongly and takes about 10 ms per program, so
+interpreted checks use float32 and float16 and small cases.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Checks:
     def __call__(
         self, *values: Any, dtypes: tuple[torch.dtype | None, ...] = DTYPES, in_turn: bool = False
     ) -> Callable[[Callable], Callable]:
-        """Register a check, which is called once for each value and each dtype (unless these are None).
+        """Return a decorator that registers a function as one check for each value and dtype.
 
-        A tuple is passed as several arguments. With ``in_turn``, each value is interpreted with one dtype, which
-        alternates from value to value; all other interpreted checks are ``long``.
+        A tuple is passed as several arguments, and None is not passed. With ``in_turn``, the interpreter runs each
+        value with one dtype, which alternates from value to value; the other combinations are marked ``long``.
         """
 
         def register(function: Callable) -> Callable:
@@ -70,7 +70,7 @@ class Checks:
         return [pytest.param(name, marks=pytest.mark.long if name in self.long else ()) for name in self.all]
 
     def run(self, name: str) -> None:
-        """Run a check here, or report its result in the child process."""
+        """Run the check ``name`` in this process, or in the child process if it has to be interpreted."""
         if ON_GPU or INTERPRETED:
             self.all[name]()
         elif (failure := _Child.of_this_process().run(self.module, name)) is not None:
@@ -78,7 +78,7 @@ class Checks:
 
 
 class _Child:
-    """A process with Triton's interpreter, which runs the checks whose names it receives."""
+    """A child process with Triton's interpreter, which runs the checks whose names it receives."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -95,7 +95,7 @@ class _Child:
         return cls()
 
     def run(self, module: str, name: str) -> str | None:
-        """Return the failure of a check, or None if it passed."""
+        """Run a check in the child process, and return its traceback, or None if it passed."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([module, name]) + "\n")
@@ -109,11 +109,11 @@ class _Child:
 
 
 def main() -> None:
-    """Run the child process until its input ends."""
+    """Run the checks that are named on stdin, and report each result on stdout (in the child process)."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a check's output must not be read as an answer
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN, as in the tests of this process
+    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is NaN, as in the parent process
     for line in sys.stdin:
         module, name = json.loads(line)
         failure = None

@@ -1,7 +1,7 @@
 """Compiles the kernels that a launch function of the Triton backend would launch, without a GPU.
 
-The launch function runs on meta tensors with recorders in place of the kernels, so the compiled kernels are those of a
-call: the same argument types, flags, tiles, warps and stages.
+The launch function runs on meta tensors with recorders in place of the kernels, so the kernels are compiled as for a
+call: with the same argument types, flags, tiles, warps and stages.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Recorder:
 
 
 def kernels_of(module: ModuleType) -> dict[str, JITFunction]:
-    """Return the functions that a module launches: those whose names do not begin with an underscore."""
+    """Return the kernels of ``module`` by name: its JIT functions whose names do not begin with an underscore."""
     return {
         name: f
         for name, f in vars(module).items()
@@ -71,7 +71,7 @@ def kernels_of(module: ModuleType) -> dict[str, JITFunction]:
 
 @contextlib.contextmanager
 def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
-    """Record the launches of the kernels of some modules, without running any."""
+    """Record the launches of the kernels of ``modules``, without running any."""
     launches: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
@@ -81,7 +81,7 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
 
 
 def _type_of(value: Any, path: tuple[int, ...], specialized: bool, constants: dict, attributes: dict) -> Any:
-    """Specialise arguments as Triton does if they are not compile-time constants: pointers, ints, tuple elements."""
+    """Return the type of a non-constexpr argument as Triton specialises it; update ``constants`` and ``attributes``."""
     if isinstance(value, tuple):
         types = [_type_of(v, (*path, i), True, constants, attributes) for i, v in enumerate(value)]
         return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
@@ -97,7 +97,7 @@ def _type_of(value: Any, path: tuple[int, ...], specialized: bool, constants: di
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
-    """Return the compiled kernel of one launch, for sm_``arch``."""
+    """Compile the kernel of ``launch`` for sm_``arch``, and return it."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.function.params):
         value = launch.arguments[parameter.name]
@@ -112,7 +112,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def resources(launch: Launch, arch: int) -> dict[str, int]:
-    """Return registers, stack, local and shared memory of the compiled kernel."""
+    """Return the number of registers and the bytes of stack, local and shared memory of the compiled kernel."""
     compiled = compile_launch(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -125,10 +125,10 @@ def resources(launch: Launch, arch: int) -> dict[str, int]:
 
 
 def check_source(function: Callable) -> None:
-    """Check the rules of Triton before 3.8.
+    """Check that ``function`` avoids what Triton before 3.8 does not support.
 
-    A field of a constexpr tuple is a plain Python value there, which cannot be an argument of our functions or an
-    element of a list. A function also cannot return a conditional expression that may be None.
+    In those versions, a field of a constexpr tuple is a plain Python value, which cannot be an argument of a JIT
+    function or an element of a list. A function also cannot return a conditional expression that may be None.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
 

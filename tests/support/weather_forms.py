@@ -1,4 +1,4 @@
-"""Small blocks in the forms of weather models; maps have pressure levels, latitudes and longitudes.
+"""Small blocks in the forms of weather models; the axes of a map are pressure level, latitude and longitude.
 
 The code was written for these tests; names and conventions are those of the published code.
 """
@@ -17,7 +17,7 @@ from tests.support.published_forms import Mlp, cut, join, make_mask
 
 
 def pads_of(size: tuple[int, ...], window: tuple[int, ...]) -> list[int]:
-    """Return the pads before and after each axis, the last axis first; half of them, rounded down, lie before."""
+    """Return the padding before and after each axis, last axis first; half of it, rounded down, comes before."""
     amounts = [-s % w for s, w in zip(size, window, strict=True)]
     return [n for amount in reversed(amounts) for n in (amount // 2, amount - amount // 2)]
 
@@ -28,8 +28,8 @@ def cropped(x: Tensor, size: tuple[int, ...], window: tuple[int, ...]) -> Tensor
 
 
 class EarthAttention(nn.Module):
-    """Pangu-Weather's form: windows are ordered by longitude first; the bias table has entries for each pair of levels
-    and of latitudes, offset of longitudes, and type of window.
+    """Pangu-Weather's form: windows are ordered by longitude first; the bias table has entries for each pair of levels,
+    pair of latitudes, longitude offset and window type.
     """
 
     def __init__(self, dim: int, frame: tuple[int, ...], window_size: tuple[int, ...], num_heads: int) -> None:
@@ -49,7 +49,7 @@ class EarthAttention(nn.Module):
         self.attn_drop, self.proj_drop, self.softmax = nn.Dropout(0.0), nn.Dropout(0.0), nn.Softmax(-1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend within windows (B * longitudes, types, N, C)."""
+        """Return the attention within the windows ``x``, (B * longitudes, types, N, C)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
         bias = self.earth_position_bias_table[self.earth_position_index].permute(3, 2, 0, 1)
         scores = (q * self.scale) @ k.mT + bias
@@ -60,7 +60,7 @@ class EarthAttention(nn.Module):
 
 
 class EarthBlock(nn.Module):
-    """Pangu-Weather's form, or FengWu's for planes: takes a sequence of one size, and pads its map on both sides."""
+    """Pangu-Weather's form, or FengWu's with two axes: takes a sequence of one size, and pads its map on both sides."""
 
     def __init__(self, dim: int, input_resolution: Any, num_heads: int, window_size: Any, shift_size: Any) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class EarthBlock(nn.Module):
         self.register_buffer("attn_mask", mask)
 
     def by_longitude(self, windows: Tensor, frame: tuple[int, ...]) -> Tensor:
-        """Regroup (B * windows, ...) as (B * longitudes, other windows, ...)."""
+        """Regroup ``windows`` (B * num_windows, ...) as (B * longitudes, types, ...)."""
         longitudes = frame[-1] // self.window_size[-1]
         return windows.unflatten(0, (-1, self.attn.type_of_windows, longitudes)).transpose(1, 2).flatten(0, 1)
 
@@ -106,7 +106,7 @@ class ConditionedNorm(nn.Module):
 
 
 class LowRank(nn.Module):
-    """Aurora's low-rank addition to a Linear layer at every step of a roll-out except the first."""
+    """Aurora's low-rank addition to a Linear layer's result, at every roll-out step except the first."""
 
     def __init__(self, dim: int, to: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class GlobeAttention(nn.Module):
 
 
 class GlobeBlock(nn.Module):
-    """Aurora's form: rolls, then pads on both sides. Pads attend only to pads, and longitudes meet at the date line."""
+    """Aurora's form: rolls, then pads on both sides. Pads attend only to pads, and the map is periodic in longitude."""
 
     def __init__(self, dim: int, num_heads: int, context: int, window_size: Any, shift_size: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests decomposed relative position (``axis_tables``) in Triton against the float64 reference."""
+"""Tests decomposed relative positions (``axis_tables``) in Triton against the float64 reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES = {
     "masked_out": Case(1, (4, 8), 1, 8, 4, 2, options={"mask_value": -math.inf}),
     "tiles": Case(1, (2, 35), 1, 20, (2, 36), (0, 12), has_pad_qkv=True),
 }
-# The interpreter gets one window and one head.
+# Interpreted cases have one image of one window, and one head.
 FEW, HEADS = (2, 3) if ON_GPU else (1, 1)
 GLOBAL = (64, 64) if ON_GPU else (36, 34)
 LONG = {
@@ -52,7 +52,7 @@ def matches_reference(name, dtype):
 
 @check(*LONG, dtypes=DTYPES if ON_GPU else (torch.float16,))
 def long_windows_match_reference(name, dtype):
-    """The interpreter gets fewer, larger tiles, because it takes as long for a large tile as for a small one."""
+    """Interpreted windows have fewer, larger tiles, because the interpreter takes the same time for any tile size."""
     large = {} if ON_GPU else {"side_effect": lambda *_: tuning.Tiles(256, 256, 4, 1)}
     with mock.patch.object(tuning, "tiles", wraps=tuning.tiles, **large):
         check_window_attention(packed, LONG[name], dtype, DEVICE)
@@ -106,7 +106,7 @@ def opcheck(form, dtype):
 
 @check("grid", dtypes=DTYPES[:1])
 def tables_without_a_gradient(name, dtype):
-    """The other gradients have the same bits with and without gradients of the tables, and in repeated calls."""
+    """All other gradients are bit-identical with and without gradients of the tables, and in repeated calls."""
     case = CASES[name]
     inputs = case.inputs(dtype, DEVICE)
     tables = [x for x in inputs if x.startswith("axis_tables")]

@@ -80,7 +80,7 @@ MERGINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-STACK_BYTES = 16  # bytes that ptxas may spill to fit two blocks of a backward pass on a multiprocessor
+STACK_BYTES = 16  # bytes that ptxas may spill so that two blocks of a backward pass fit on a multiprocessor
 
 
 def check_resources(launches: list[Launch], arch: int) -> None:
@@ -109,7 +109,7 @@ def test_every_kernel_is_compiled():
 
 
 def test_batch_size_does_not_recompile():
-    """Arguments that vary with the batch have fixed types: they are not specialised for 1 or multiples of 16."""
+    """Kernels are not specialised for batch-dependent arguments that are 1 or multiples of 16."""
     for module in (partition_kernels, merging_kernels):
         for name, kernel in kernels_of(module).items():
             for parameter in kernel.params:

@@ -1,4 +1,4 @@
-"""Tests that the Triton kernel of the MLP half compiles within its limits of registers and shared memory."""
+"""Tests that the Triton kernel of the MLP half compiles within its register and shared memory limits."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "autocast_v2": {"channels": 192, "read": F32, "post": True, "dtype": F16},
     "bare_tanh": {"channels": 96, "bare": True, "tanh": True},
 }
-# sm_80 spills a few registers before the loop and reads them after it: with 96 channels, two programs then share a
-# multiprocessor.
+# On sm_80, a few registers are spilled before the loop and reloaded after it, so that with 96 channels two programs fit
+# on a multiprocessor.
 STACK_BYTES = {80: 32, 90: 0}
 
 
@@ -46,7 +46,7 @@ def record(
     channels: int, dtype: torch.dtype = BF16, read: torch.dtype | None = None, branch: bool = False,
     post: bool = False, tanh: bool = False, bare: bool = False, rows: int = 3000,
 ) -> Launch:  # fmt: skip
-    """Record the launch of a call."""
+    """Return the recorded launch of one mlp_half call."""
 
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")

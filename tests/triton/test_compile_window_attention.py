@@ -46,7 +46,7 @@ def record(
     cosine=False, dropout=False, pad=False, region_map=False, roll_then_pad=False, grid=False,
     key_window=None,
 ) -> list[Launch]:  # fmt: skip
-    """Record the launches of a forward and a backward call with these arguments."""
+    """Return the recorded launches of a forward and a backward call with the given arguments."""
     with recorded(*MODULES) as launches:
         of_axes = (sum(2 * w - 1 for w in window), head_dim)
         window = (1,) * (3 - len(window)) + tuple(window)
@@ -119,8 +119,8 @@ PRECISIONS = {
     "float16": (torch.float16, False),
     "bfloat16": (torch.bfloat16, False),
 }
-# The configurations for each precision: all sizes that models use for bfloat16; for the others, every kernel and kind
-# of score and bias.
+# The configurations for each precision: for bfloat16, all sizes that models use; for the others, every kernel and every
+# kind of score and bias.
 COMPILED = {
     "float32": ("swin", "small", "swin_384", "v2", "axes_small", "key_window", "dropout_long"),
     "tf32": ("swin", "small", "padded", "v2", "axes_small", "key_window"),
@@ -180,7 +180,7 @@ def test_every_kernel_is_compiled_for_every_precision():
 
 
 def test_batch_size_does_not_recompile():
-    """Arguments that vary between calls have fixed types: they are not specialised for 1 or multiples of 16."""
+    """Kernels are not specialised for batch-dependent arguments that are 1 or multiples of 16."""
     for name, kernel in KERNELS.items():
         for parameter in kernel.params:
             if parameter.name in ("batch_windows", "windows_per_program"):
@@ -188,7 +188,7 @@ def test_batch_size_does_not_recompile():
 
 
 def test_calls_beyond_32_bits_and_dropout_without_a_seed_are_refused():
-    """The op is called directly, without the checks of the public function."""
+    """The launcher refuses both without the public function's checks."""
     x = torch.empty(2**20, 8, 8, 3, 1024, 2, device="meta")
 
     def forward(x: torch.Tensor, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tests keys of a larger window than the queries' (``key_window``, HAT) in Triton against the float64 reference."""
+"""Tests key windows larger than the query windows (``key_window``, HAT) in Triton against the float64 reference."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if ON_GPU:
 
 @check("two_sizes", dtypes=DTYPES[1:])
 def tiles_of_a_window_match_reference(name, dtype):
-    """A token is a key of windows on both sides of it, and queries and keys fill several tiles."""
+    """Results are right and reproducible if a token is a key of several windows, and a window has several tiles."""
     case = dataclasses.replace(CASES[name], size=(9, 4), num_heads=1)
     with mock.patch.multiple(tuning, tiles=lambda *_: tuning.Tiles(16, 16, 4, 1), BACKWARD_PROGRAMS=2):
         first = check_window_attention(packed, case, dtype, DEVICE)

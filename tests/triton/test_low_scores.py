@@ -1,4 +1,4 @@
-"""Tests low scores on the Triton backend: outputs and gradients are as accurate as for other scores."""
+"""Tests that the Triton backend is as accurate for low attention scores as for others, forward and backward."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def reverse(
 
 
 def gathered(x: Tensor, window: tuple[int, ...], shift: tuple[int, ...], roll_then_pad: bool) -> Tensor:
-    """Gather the windows by the reference's index, which accepts any shift."""
+    """Return the windows of ``x``, gathered with the reference's index, which accepts any shift."""
     batch, *size, channels = x.shape
     order = "roll_then_pad" if roll_then_pad else "pad_then_roll"
     index = source_index(size, window, shift, pad_order=order, device=x.device)
@@ -99,7 +99,7 @@ def partition_and_reverse(name, dtype):
     dtypes=(torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.float64, torch.complex128),
 )  # fmt: skip
 def partition_moves_bytes(channels, dtype):
-    """Rows may have any number of bytes, with NaN payloads and negative zeros."""
+    """Rows of any number of bytes are copied exactly, also NaN payloads and negative zeros."""
     size, window, shift = PARTITIONS["odd"]
     row = channels * dtype.itemsize
     values = torch.randint(0, 256, (2, *size, row), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ def partition_moves_bytes(channels, dtype):
 
 @check("no_shift", "three_axes_odd", "rectangular", dtypes=(torch.float32,))
 def a_program_takes_several_windows(name, dtype):
-    """If there are many windows, a program copies several; programs may get different numbers of windows."""
+    """A program may copy several windows, and not all programs need to copy the same number."""
     size, window, shift = PARTITIONS[name]
     programs = partition_launcher.PROGRAMS
     partition_launcher.PROGRAMS = 1
@@ -171,7 +171,7 @@ def partition_of_random_geometry():
 
 @check("odd", "three_axes_odd", dtypes=(torch.float32,))
 def partition_and_reverse_are_each_others_derivative(name, dtype):
-    """The public functions are differentiated twice."""
+    """Results, first and second derivatives of the public functions equal the reference's."""
     size, window, shift = PARTITIONS[name]
     x = draw(1, *size, 4).requires_grad_()
     for order in ("pad_then_roll", "roll_then_pad"):
@@ -260,7 +260,7 @@ if ON_GPU:
 
 
 def merged(x: Tensor, case: Merging) -> Tensor:
-    """Concatenate the neighbours as the reference gathers them."""
+    """Return the merged rows of ``x``, its neighbours concatenated in the reference's order."""
     padding = [0, 0]
     for size, factor in zip(reversed(case.size), reversed(case.factor), strict=False):
         padding += [0, -size % factor]
@@ -273,7 +273,7 @@ def merged(x: Tensor, case: Merging) -> Tensor:
 
 
 def inputs(case: Merging, pair: str, seed: int = 0) -> dict[str, Tensor]:
-    """Draw x and dz, rounded to the dtypes read and written, and float32 parameters."""
+    """Return random x and dz, rounded to the dtypes that the op reads and writes, and float32 parameters."""
     read, written = PAIRS[pair]
     shape = (case.batch, *merged_size(case.size, case.factor), case.length)
     return {
@@ -285,7 +285,7 @@ def inputs(case: Merging, pair: str, seed: int = 0) -> dict[str, Tensor]:
 
 
 def run(case: Merging, given: dict[str, Tensor], eps: float = 1e-5, needs: tuple[bool, bool] = (True, True)):
-    """Run both directions in Triton: z, mean, rstd, dx, dweight, dbias."""
+    """Run the forward and backward op in Triton; return z, mean, rstd, dx, dweight and dbias by name."""
     x, weight, bias, dz = (given.get(name) for name in ("x", "weight", "bias", "dz"))
     order = (case.factor, case.neighbours)
     z, mean, rstd = ops.patch_merging_norm_fwd_triton(x, weight, bias, *order, eps, dz.dtype)
@@ -294,7 +294,7 @@ def run(case: Merging, given: dict[str, Tensor], eps: float = 1e-5, needs: tuple
 
 
 def exact(case: Merging, given: dict[str, Tensor], dtype: torch.dtype, eps: float = 1e-5):
-    """Return the reference's results in ``dtype``, and the sizes of the terms that cancel in them."""
+    """Return the reference's results in ``dtype``, and the magnitudes of the terms that may cancel in them."""
     x = given["x"].to(dtype).requires_grad_()
     ones = torch.ones(case.length, dtype=dtype, device=x.device)
     weight = given["weight"].to(dtype) if "weight" in given else ones
@@ -315,7 +315,7 @@ def exact(case: Merging, given: dict[str, Tensor], dtype: torch.dtype, eps: floa
 
 
 def check_merging(case: Merging, pair: str, given: dict[str, Tensor], eps: float = 1e-5) -> None:
-    """Check the results; float32 sums are compared with their terms, which may cancel in a row or over a few tokens."""
+    """Check the results; float32 sums are judged by their terms, which may cancel in a row or over a few tokens."""
     got = run(case, given, eps)
     wide, terms = exact(case, given, torch.float64, eps)
     single, _ = exact(case, given, torch.float32, eps)
@@ -348,7 +348,7 @@ def merging_norm_of_random_geometry(pair):
 
 @check("f32", "f16", dtypes=(None,))
 def a_large_mean_leaves_the_variance(pair):
-    """With mean 1000 and deviation 1, a variance computed from sums of squares would have no correct digit."""
+    """With mean 1000 and standard deviation 1, a variance computed from sums of squares would have no correct digit."""
     case = MERGINGS["even"]
     given = inputs(case, pair)
     given["x"] = (1000 + given["x"].float()).to(given["x"].dtype)
@@ -371,7 +371,7 @@ def a_program_takes_several_tiles(name):
 
 @check(1, 128, 300, dtypes=(torch.float32,))
 def shares_are_added(programs, dtype):
-    """The kernel adds fewer or more shares than it reads in one step, and more columns than fit in one program."""
+    """sum_shares adds fewer or more partial sums than it reads in one step, and more columns than one program has."""
     shares, (dweight, dbias) = draw(2, programs, 40), draw(2, 40)
     merging_kernels.sum_shares[(2,)](*shares, dweight, dbias, programs, LENGTH=40, BLOCK=32)
     for name, got, terms in (("dweight", dweight, shares[0]), ("dbias", dbias, shares[1])):
@@ -384,7 +384,7 @@ def parameters_of_the_norm(given_ones):
     given = inputs(case, pair)
     keep = {"weight": ("weight",), "bias": ("bias",), "neither": (), "half": ("weight", "bias")}[given_ones]
     given = {name: value for name, value in given.items() if name in ("x", "dz", *keep)}
-    if given_ones == "half":  # parameters of another dtype than the map
+    if given_ones == "half":  # parameters whose dtype is not the map's
         given |= {name: given[name].half() for name in keep}
     check_merging(case, pair, given)
     both = run(case, given)
@@ -398,7 +398,7 @@ def parameters_of_the_norm(given_ones):
 
 @check("even", "three_axes_odd", dtypes=(torch.float16,))
 def merging_norm_of_strided_maps(name, dtype):
-    """A slice of a wider map is read in place; channels-first maps and expanded gradients equal contiguous ones."""
+    """A slice of a wider map is read in place. Strides of maps and gradients do not change the results."""
     case = MERGINGS[name]
     given = inputs(case, "f16")
     expected = run(case, given)
@@ -430,7 +430,7 @@ def same_bits_twice(name, dtype):
 
 @check("odd", dtypes=(torch.float32,))
 def same_bits_for_any_number_of_multiprocessors(name, dtype):
-    """Gradients of parameters have the same bits, too, because the number of programs that share the rows is fixed."""
+    """Parameter gradients are bit-identical too, because the number of programs that share the rows is fixed."""
     case = MERGINGS[name]._replace(batch=30)
     given, counted = inputs(case, "f32"), merging_launcher.multiprocessors
     try:
@@ -495,7 +495,7 @@ def the_public_function(order, norm, dtype):
 
 @check(dtypes=(torch.float16,))
 def autocast_needs_no_cast(dtype):
-    """The float32 stream is read directly, and the Linear's input is written in half precision."""
+    """Under autocast, the op reads the float32 residual stream and writes the Linear's half-precision input."""
     leaves = [t.requires_grad_() for t in (draw(1, 4, 5, 6), draw(24, seed=1), draw(24, seed=2), draw(9, 24, seed=3))]
     with torch.autocast(DEVICE, dtype):
         y = swinkernels.patch_merging(*leaves, backend="triton")
@@ -517,7 +517,7 @@ def test_triton(name):
 
 @pytest.mark.gpu
 def test_merging_more_than_2_to_the_31_elements():
-    """The last image has the same result as in a batch of one, because offsets are 64 bits wide."""
+    """The last image gives the same results as in a batch of one, because offsets are 64 bits wide."""
     case = Merging(361, (249, 250), 96)
     x = torch.randint(-100, 100, (case.batch, *case.size, case.channels), dtype=torch.int8, device="cuda").bfloat16()
     assert x.numel() > 2**31

@@ -42,7 +42,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def inputs(case: Case) -> dict[str, Tensor]:
-    """Draw the tensors of a call; products keep the size of their inputs."""
+    """Return random tensors for the op, with weights scaled so that products are about as large as their inputs."""
     c = case.shape[-1]
     hidden = case.hidden * c
     given = {
@@ -75,7 +75,7 @@ def check_case(case: Case, given: dict[str, Tensor] | None = None) -> Tensor:
     given = inputs(case) if given is None else given
     got = run(case, given)
     assert got.dtype == case.read and got.is_contiguous()
-    # Products of a narrower dtype round z and GELU; therefore this dtype sets the budget.
+    # Products in a narrower dtype round z and GELU, so the eps of this dtype sets the budget.
     eps = torch.finfo(case.product).eps
     assert_within_budget(got, exact(case, given, torch.float64), exact(case, given, F32), eps=eps, name=str(case))
     return got
@@ -127,7 +127,7 @@ def a_large_mean_leaves_the_variance(name, dtype):
 
 @check("pre", "post", dtypes=(F16,))
 def rows_do_not_depend_on_others(name, dtype):
-    """A row has the same bits if another program computes it, if other rows are missing, or if they are NaN."""
+    """A row's result is bit-identical if another program computes it, or if other rows are missing or NaN."""
     case = CASES[name]._replace(read=dtype, product=dtype)
     given = inputs(case)
     rows = {**given, "x": given["x"].flatten(0, -2)}
@@ -280,7 +280,7 @@ def what_the_kernel_does_not_have_is_named(dtype):
 @check(dtypes=(F16,))
 @torch.no_grad()
 def auto_takes_what_is_measured(dtype):
-    """The kernel has not been timed yet, so it runs only if ``backend`` names it."""
+    """backend="auto" does not choose the kernel, because it has not been timed yet."""
     given = inputs(PRE._replace(read=dtype, product=dtype))
     expected = half(given, backend="cuda" if ON_GPU else "torch")
     assert torch.equal(half(given), expected)
@@ -293,7 +293,7 @@ def test_triton(name):
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements():
-    """The last rows have the same result as alone: a program's offsets are 64 bits wide."""
+    """The last rows give the same result as on their own, because a program's offsets are 64 bits wide."""
     given = inputs(Case((1, 96), BF16, BF16))
     x = torch.randint(-100, 100, (2**31 // 96 + 1000, 96), dtype=torch.int8, device="cuda").bfloat16()
     assert x.numel() > 2**31

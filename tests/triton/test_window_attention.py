@@ -128,7 +128,7 @@ def matches_reference(name, dtype):
     check_window_attention(packed, on_device(CASES[name]), dtype, DEVICE)
 
 
-# The interpreter gets one image of one window and one head.
+# Interpreted cases have one image of one window, and one head.
 FEW, HEADS, WIDTH = (2, 3, 32) if ON_GPU else (1, 1, 8)
 LONG = {
     "n392": Case(FEW, (8, 7, 6), HEADS, WIDTH, (8, 7, 7), (4, 3, 3), has_pad_qkv=True),
@@ -143,14 +143,14 @@ LONG = {
 
 @check(*LONG, dtypes=DTYPES if ON_GPU else (torch.float16,))
 def long_windows_match_reference(name, dtype):
-    """The interpreter gets fewer, larger tiles, because it takes as long for a large tile as for a small one."""
+    """Interpreted windows have fewer, larger tiles, because the interpreter takes the same time for any tile size."""
     large = {} if ON_GPU else {"side_effect": lambda *_: tuning.Tiles(256, 256, 4, 1)}
     with mock.patch.object(tuning, "tiles", wraps=tuning.tiles, **large):
         check_window_attention(packed, on_device(LONG[name]), dtype, DEVICE)
 
 
-# "whole": a program walks over several windows. "tiled": small windows have several tiles, which the interpreter runs
-# in a fraction of the time of large windows.
+# "whole": a program processes several windows. "tiled": small windows have several tiles, which take the interpreter a
+# fraction of the time of large windows.
 REGIMES = {
     "whole": {"FORWARD_PROGRAMS": 4, "BACKWARD_PROGRAMS": 4},
     "tiled": {"is_whole": lambda *_: False, "tiles": lambda *_: tuning.Tiles(32, 32, 4, 1)},
@@ -159,7 +159,7 @@ REGIMES = {
 
 @check(*REGIMES)
 def random_cases_match_reference(regime, dtype):
-    """Cases combine all arguments, including dropout."""
+    """Random cases, which combine all arguments including dropout, match the reference."""
     most = 1 if regime == "tiled" and not ON_GPU else 2
     of_few = cases(longest=5, beyond=0, most=most, head_dims=(4, 5, 10, 12, 20, 30, 32))
 
@@ -183,7 +183,7 @@ def random_cases_match_reference(regime, dtype):
 
 @check("cosine", "types", "types_tiled", dtypes=DTYPES[1:])
 def matches_reference_with_few_programs(name, dtype):
-    """A program walks over several windows, and the windows of a type are split over more than one program."""
+    """Results are right if a program processes several windows, and several programs share the windows of a type."""
     case = dataclasses.replace(on_device(CASES[name]), batch=2)
     with mock.patch.multiple(tuning, FORWARD_PROGRAMS=6, BACKWARD_PROGRAMS=6):
         check_window_attention(packed, case, dtype, DEVICE)
@@ -206,7 +206,7 @@ def opcheck_of_v2_types_and_dropout(form, dtype):
 
 @check("n49", "rectangular_window_tiled", "pad_before", "three_axes_padded", "cosine", "types", in_turn=True)
 def separate_form_matches_reference(name, dtype):
-    """q, k and v are strided views of one map."""
+    """window_attention matches the reference if q, k and v are strided views of one map."""
 
     def separate(qkv, num_heads, **arguments):
         q, k, v = split(qkv, num_heads)
@@ -217,7 +217,7 @@ def separate_form_matches_reference(name, dtype):
 
 @check("rectangular_window", "rectangular_window_tiled", in_turn=True)
 def every_map_has_its_own_strides(name, dtype):
-    """q channels first, k from a wider map, v with a strided last axis and dout expanded give the usual results."""
+    """Channels-first q, k sliced from a wider map, strided v and expanded dout give the results of contiguous maps."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     q, k, v = (x.contiguous() for x in split(inputs["qkv"], case.num_heads))
@@ -325,7 +325,7 @@ def rows_of_zeros_have_cosine_zero(name, dtype):
 
 @check(dtypes=DTYPES[:1])
 def the_clamp_is_that_of_torch(dtype):
-    """ln 100 rounded to float32 is above ln 100 and has no gradient; the next lower number has one."""
+    """A logit_scale of ln 100 in float32 exceeds ln 100 and has no gradient; the next lower number has one."""
     case = on_device(Case(1, (4, 4), 3, 8, 4, has_logit_scale=True))
     inputs = case.inputs(dtype, DEVICE)
     edge = torch.tensor(math.log(100.0), device=DEVICE)
@@ -341,7 +341,7 @@ def the_clamp_is_that_of_torch(dtype):
 
 # ---- range -----------------------------------------------------------------------------------------------------------
 
-# The large factors among q, k, v and dout.
+# Factors for q, k, v and dout, at least one of which is large.
 LARGE = {
     "values": (1, 1, 15000, 1),
     "queries": (15000, 1e-4, 1, 1),
@@ -391,7 +391,7 @@ def scores_of_any_size_give_finite_results(name, dtype):
 
 @check("n9", "rectangular_window_tiled", dtypes=DTYPES[:1])
 def masks_of_any_size(name, dtype):
-    """float32's lowest number, which other code uses as minus infinity, excludes pairs as -1e4 does."""
+    """A mask_value of float32's lowest number, which other code uses for minus infinity, excludes pairs like -1e4."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     lowest, low = (
@@ -425,14 +425,14 @@ def bias_of_minus_infinity_excludes_pairs(name, dtype):
 
 
 def philox_pairs(case: Case, seed: int) -> torch.Tensor:
-    """Return the weights that dropout keeps, (B, num_windows, num_heads, N, M), by definition."""
+    """Return the mask (B, num_windows, num_heads, N, M) of the attention weights to keep, computed in NumPy."""
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
     p, n, m = case.options["dropout_p"], math.prod(case.window_tuple), math.prod(case.key_window_tuple)
     return kept_by_triton(seed, p, case.batch, windows, case.num_heads, n, m)
 
 
 def check_with_dropout(case: Case, dtype: torch.dtype, seed: int, **options: Any) -> None:
-    """Call check_window_attention with the pairs that the seed keeps, if the case has dropout."""
+    """Call check_window_attention; if the case has dropout, the reference keeps the pairs that ``seed`` determines."""
     torch.manual_seed(seed)
     drawn = torch.randint(-(2**63), 2**63 - 1, (1,), device=DEVICE).item()
 
@@ -449,9 +449,9 @@ def check_with_dropout(case: Case, dtype: torch.dtype, seed: int, **options: Any
 
 
 def kept_pairs(case: Case, **arguments: Any) -> torch.Tensor:
-    """Return the weights that dropout keeps, (B, num_windows, num_heads, N, N).
+    """Return the mask (B, num_windows, num_heads, N, N) of the attention weights that the kernel keeps.
 
-    With scores of zero and unit vectors as values the output is the attention weights. The draw depends on neither.
+    With scores of zero and unit vectors as values, the output is the attention weights. The mask depends on neither.
     """
     n = math.prod(case.window_tuple)
     windows = case.batch * math.prod(case.size) // n
@@ -483,7 +483,7 @@ def dropout_is_drawn_by_philox(name):
 
 @check(dtypes=(None,))
 def dropout_draws_independently():
-    """The dropout rate is right, weights are kept independently, and they depend only on the generator."""
+    """The dropout rate is right, attention weights are kept independently, and the generator alone determines which."""
     case = Case(1, (7, 14), 2, 8, 7, options={"dropout_p": 0.25})
     p = case.options["dropout_p"]
     generator = torch.Generator(DEVICE).manual_seed(2)
@@ -497,7 +497,7 @@ def dropout_draws_independently():
     assert not torch.equal(of_default, kept_pairs(case))
     kept = first.flatten(0, 1).double()  # (windows, heads, N, N)
     assert abs(kept.mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
-    for axis in range(kept.dim()):  # weights at any distance are independent
+    for axis in range(kept.dim()):  # attention weights up to 8 elements apart are kept independently
         size = kept.shape[axis]
         for step in range(1, min(size, 9)):
             both = kept.narrow(axis, step, size - step) * kept.narrow(axis, 0, size - step)

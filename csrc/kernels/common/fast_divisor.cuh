@@ -1,4 +1,4 @@
-// Division, without division instructions, by divisors that are known at launch.
+// Division by divisors that are known at launch, without division instructions.
 #pragma once
 
 #include <cstdint>

@@ -9,9 +9,9 @@
 namespace swinkernels {
 
 // Sums kOutputs columns with a block of kOutputs * kSlices threads, all of which must call this function. Thread i
-// works on column i % kOutputs, which has `count` values, `stride` apart, from `partials` on; `partials` is null if the
-// column does not exist. The slices of a column are summed in parallel, and their sums are added in order. Threads i <
-// kOutputs return the sums of the columns.
+// works on column i % kOutputs: `partials` points to the first of the column's `count` values, which are `stride`
+// elements apart, or is null if the column does not exist. The slices of a column are summed in parallel, and their
+// sums are added in order. Threads i < kOutputs return the sums of the columns.
 template <int kOutputs, int kSlices>
 __device__ __forceinline__ float ordered_sum(const float* partials, int64_t stride, uint32_t count) {
   __shared__ float slices[kSlices][kOutputs];

@@ -71,12 +71,12 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Loads four (x4) or two (x2) 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 * i + r passes the 16-byte
-// aligned address of row r of matrix i, 16 bytes, as smem_row (x2: lanes 16..31 pass any valid address).
+// Loads four (x4) or two (x2) 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 * i + r passes the address
+// of row r of matrix i as smem_row (x2: lanes 16..31 pass any valid address). Rows are 16 bytes and 16-byte aligned.
 //   ldmatrix_x*        r[i] holds M_i[g][2t, 2t + 1]
 //   ldmatrix_x*_trans  r[i] holds M_i[2t, 2t + 1][g]
-// Use the plain form for matrices whose contraction index runs along the rows (q, and k in q k^T), and the transposed
-// form for matrices whose contraction index numbers the rows (v in p v).
+// Use the plain form for matrices whose column index is contracted (q, and k in q k^T), and the transposed form for
+// matrices whose row index is contracted (v in p v).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -159,7 +159,7 @@ __device__ __forceinline__ void cp_async_16(SharedAddress smem, const void* gmem
 }
 
 // Writes 16 bytes to a 16-byte aligned address in global memory. Without this function, a store to an address that is
-// computed as a number would compile to a generic store.
+// computed as an integer would compile to a generic store.
 __device__ __forceinline__ void store_global_16(void* gmem, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                :
@@ -219,7 +219,7 @@ __device__ __forceinline__ uint64_t multiply_add_wide(uint32_t a, uint32_t b, ui
 }
 
 // Returns x, but hides its value from the compiler. In a loop, the compiler then recomputes values derived from x
-// instead of keeping them in registers between iterations, which is faster if accumulators fill the registers.
+// instead of keeping them in registers between iterations, which is faster if accumulators take most registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

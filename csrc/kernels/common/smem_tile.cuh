@@ -71,7 +71,7 @@ struct LocatedTile : Tile_ {
 
  private:
   // row is a multiple of 8, so the permutation depends only on the lane. The bits of c must not overlap the bits of the
-  // lanes' chunk numbers.
+  // lanes' chunk indices.
   __device__ __forceinline__ T* at(int offset, int row, int c) const {
     return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(Tile::data + row * Tile::kCols) + (offset ^ c * 16));
   }

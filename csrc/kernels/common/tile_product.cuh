@@ -3,8 +3,8 @@
 //   add_pb    o += P B       P an accumulator fragment of 16 x (8 * kTiles), B 8 * kTiles rows in shared memory
 //   add_ptb   o += P^T B     P and B 8 * kTiles rows in shared memory, 16 columns of P
 // The product policies use 16-bit tensor cores, TF32 tensor cores or float fused multiply-adds. All three produce the
-// same layout, so each kernel is written once. A contraction may permute its index if both operands use the same order;
-// the float policies do so to use P directly from registers: index t is column 2t, and t + 4 is column 2t + 1.
+// same layout, so each kernel is written once. The order of a contraction index is arbitrary if both operands use the
+// same one. Tf32Product takes P directly from registers, so its index t is column 2t, and t + 4 is column 2t + 1.
 #pragma once
 
 #include "ptx.cuh"

@@ -84,11 +84,11 @@ struct Vectors {
   }
 };
 
-// For one element, or for four elements of 8 or 16 bytes in total.
+// Specialisation for an element type that is passed at run time: vectors of one element, or of four (8 or 16 bytes).
 template <int kVec>
 struct Vectors<AnyElement, kVec> {
   static_assert(kVec == 1 || kVec == 4);
-  static constexpr int kWords = kVec;  // four 16-bit elements fill half of the words
+  static constexpr int kWords = kVec;  // four 16-bit elements occupy only half of the words
   struct Raw {
     uint32_t word[kWords];
   };

@@ -1,4 +1,4 @@
-// Computes the positions of a window's tokens in the map, their padding and their shift regions. Implements the
+// Computes the map coordinates of a window's tokens, whether they are padding, and their shift regions. Implements the
 // definition of WindowGeometry (csrc/params/window_attention.h) as index arithmetic.
 #pragma once
 
@@ -12,9 +12,9 @@
 namespace swinkernels {
 
 struct WindowLayout : FrameLayout {
-  // The bias of query i and key j is entry query_index(i) - key_index(j) + table_middle of the bias table. query_stride
-  // and key_stride are the factors of a token's coordinates in these indices. They differ on an axis if the table has a
-  // row for each pair of coordinates on this axis (table_pairs).
+  // The bias of query i and key j is entry query_index(i) - key_index(j) + table_middle of the bias table. Both indices
+  // are sums over axes: the token's coordinate times query_stride or key_stride. These strides differ on an axis if the
+  // table has a row for each pair of coordinates on this axis (table_pairs).
   int32_t table_window[3], query_stride[3], key_stride[3];
   int32_t table_middle;
   int32_t table_entries;
@@ -56,16 +56,16 @@ struct WindowLayout : FrameLayout {
   __device__ __forceinline__ int query_index(int token) const { return weighted(token, query_stride); }
   __device__ __forceinline__ int key_index(int token) const { return weighted(token, key_stride); }
 
-  // Returns the sum of a token's coordinates (tokens are numbered row-major in table_window) times the weights of the
-  // axes.
+  // Returns the sum over axes of the token's coordinate times the axis's weight. The token index is row-major in
+  // table_window.
   __device__ __forceinline__ int weighted(int token, const int32_t (&weights)[3]) const {
     const int row = token / table_window[2];
     return row / table_window[1] * weights[0] + row % table_window[1] * weights[1] +
            token % table_window[2] * weights[2];
   }
 
-  // Returns i - j for the pairs of tokens that use this entry of the table; i and j are numbered row-major in
-  // table_window. kMayHavePairs: the table may have table_pairs.
+  // Returns i - j for the pairs of query i and key j that use this entry of the bias table. The token indices i and j
+  // are row-major in table_window. If kMayHavePairs is false, no axis has table_pairs.
   template <bool kMayHavePairs>
   __device__ __forceinline__ int token_distance(int entry) const {
     int distance = 0, weight = 1;

@@ -1,12 +1,12 @@
-// The decomposed relative positions of SAM and ViTDet. window_attention.inl includes this file.
+// The bias from decomposed relative positions, as in SAM and ViTDet. window_attention.inl includes this file.
 //
 // Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a - 1], with the unscaled q
 //           backward  per axis: dG[r, i] = sum of dS(i, j) over the keys j with i_a - j_a + window_a - 1 = r;
 //                     dtable = dG q, dq += dG^T table
-// Tiling    For each block of queries, q is multiplied with the table rows that its queries need, which gives products
-//           (table rows, queries); from these come values (coordinate of the key, queries) per axis, and from the
-//           values the bias of every key, with one addition per score. At window 14 the products take a quarter of the
-//           work of the products with k, at 64 x 64 tokens a twentieth.
+// Tiling    Each block of queries is multiplied by the table rows that it needs; the products are (table rows,
+//           queries). From these the values (key coordinate, queries) of each axis are selected, and the bias of a key
+//           is the sum of its values on all axes, at one addition per score. The products take a quarter of the work of
+//           q k^T at window 14, and a twentieth at 64 x 64 tokens.
 
 class AxisTables {
  public:
@@ -35,7 +35,7 @@ class AxisTables {
   bool given() const { return rows_ > 0; }
   int64_t rows() const { return rows_; }
 
-  // Writes the bias of a block of queries, (keys, queries), from the unscaled queries q_t (row, block).
+  // Computes the bias (keys, queries) of query block b from its unscaled queries q_t (row, block).
   __attribute__((noinline)) void write_bias(int64_t b, const float* q_t, float* bias) {
     const int64_t width = round_up(sizes_.queries(b), kLanes);
     for (int axis = 0; axis < 3; ++axis) {
@@ -60,8 +60,8 @@ class AxisTables {
     }
   }
 
-  // Adds the contribution of the gradient of a block's scores, (keys, queries), to the gradients of q (queries, row)
-  // and of the tables (rows, row).
+  // Adds the contribution of query block b to dq (queries, row) and dtables (rows, row). dscores (keys, queries) is the
+  // gradient of the block's scores.
   __attribute__((noinline)) void add_gradients(int64_t b, const float* dscores, const float* q, float* dq,
                                                float* dtables) {
     const int64_t queries = sizes_.queries(b);
@@ -77,7 +77,7 @@ class AxisTables {
       float* dtable = dtables + first * sizes_.row;
       matmul<false>(span.count, sizes_.row, queries, dproducts, sizes_.block, q, sizes_.row, dtable, dtable,
                     sizes_.row);
-      // No product of this form has an addend, so the compiler removes the check for one.
+      // No call of matmul<true> passes an addend, so the compiler removes the check for one.
       matmul<true>(queries, sizes_.row, span.count, dproducts, sizes_.block, tables_ + first * sizes_.row, sizes_.row,
                    nullptr, share_of_dq_, sizes_.row);
       for (int64_t k = 0; k < queries * sizes_.row; k += kLanes) store(dq + k, load(dq + k) + load(share_of_dq_ + k));
@@ -86,7 +86,7 @@ class AxisTables {
 
  private:
   struct Axis {
-    int64_t rows = 0;  // 0: an axis that the map does not have
+    int64_t rows = 0;  // 0 if the map does not have this axis
     int64_t first_row = 0, first_coordinate = 0;
   };
   struct Span {
@@ -102,7 +102,7 @@ class AxisTables {
     return query % window_[axis];
   }
 
-  // Returns the range of table rows that a block's queries need on one axis.
+  // Returns the range of table rows that the queries of block b need on one axis.
   Span span_of(int axis, int64_t b) const {
     int64_t lowest = window_[axis], highest = 0;
     for (int64_t i = 0; i < sizes_.queries(b); ++i) {
@@ -113,8 +113,8 @@ class AxisTables {
     return {lowest, highest - lowest + window_[axis]};
   }
 
-  // Calls action(index in products_, index in by_coordinate_) for each query of a block and each coordinate of its
-  // keys.
+  // Calls action(index in products_, index in by_coordinate_) for each query of block b and each key coordinate on the
+  // axis.
   template <class Action>
   SWINKERNELS_INLINE void for_each_place(int axis, int64_t b, Action action) const {
     const Axis& a = axes_[axis];
@@ -122,7 +122,7 @@ class AxisTables {
     for (int64_t first = 0; first < queries;) {
       const int64_t at = coordinate_of(axis, b * sizes_.block + first);
       int64_t last = first + 1;
-      if (axis < 2) {  // shared by the tokens of a window's row
+      if (axis < 2) {  // the tokens of a window's row share this coordinate
         while (last < queries && coordinate_of(axis, b * sizes_.block + last) == at) ++last;
       }
       for (int64_t c = 0; c < window_[axis]; ++c) {
@@ -134,7 +134,7 @@ class AxisTables {
     }
   }
 
-  // Sums dscores, for each axis, over the keys with the same coordinate.
+  // For each axis, sums dscores over the keys with the same coordinate.
   void sum_by_coordinate(int64_t width, const float* dscores) {
     for (int64_t i = 0; i < width; i += kLanes) {
       for (int axis = 0; axis < 3; ++axis) {
@@ -161,7 +161,7 @@ class AxisTables {
   const Sizes& sizes_;
   Axis axes_[3];
   int64_t window_[3] = {1, 1, 1};
-  int64_t rows_ = 0;                // in all tables
+  int64_t rows_ = 0;                // rows of all tables
   float* tables_ = nullptr;         // (rows, row)
   float* products_ = nullptr;       // (rows, block), or their gradients
   float* by_coordinate_ = nullptr;  // (coordinates of all axes, block), or their gradients

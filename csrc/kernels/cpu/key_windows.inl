@@ -3,8 +3,8 @@
 // A token is a key of several windows. The backward pass stores each window's contribution to the gradients of its keys
 // in the workspace; then the contributions to each token are summed, always in the same order.
 
-// The windows on one axis that have a token among their keys, and the token's number as a key of the first such window.
-// In each further window the number is smaller by `window`.
+// The windows whose keys include a token, on one axis: their range, and the token's key coordinate in the first of
+// them. From each window to the next, the key coordinate decreases by `window`.
 struct KeyOf {
   int64_t first_window, windows, first_key;
 
@@ -17,7 +17,8 @@ struct KeyOf {
   }
 };
 
-// Runs tasks [begin, end) of window * num_heads + head: sums dk and dv of the window's own tokens.
+// Runs the tasks [begin, end), where task = window * num_heads + head. A task sums dk and dv of the window's own
+// tokens.
 void sum_key_gradients(const WindowAttentionBackwardParams& params, const BackwardPartition& partition, int64_t begin,
                        int64_t end, void* scratch) {
   const WindowAttentionForwardParams& p = params.forward;

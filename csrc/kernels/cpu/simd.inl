@@ -4,7 +4,7 @@
 // Each instruction set's source file includes this file once, after all other headers and under that set's target
 // pragma. Before that it defines
 //   SWINKERNELS_ISA      the namespace of the code for this set
-//   SWINKERNELS_LANES    floats of a vector
+//   SWINKERNELS_LANES    number of floats in a vector
 //   SWINKERNELS_AVX      defined if <immintrin.h> has float16 conversions and square roots for such vectors
 // The linker merges inline functions and templates that several object files share; it may keep the AVX-512 copy, which
 // then runs on a machine without AVX-512. So everything here has internal linkage and calls nothing in std::.
@@ -45,7 +45,7 @@ struct MakeIndices<0, kTail...> {
 };
 using AllLanes = MakeIndices<kLanes>::Type;
 
-// The initialiser of all lanes compiles to one broadcast; Vec{} + x would compile to an addition, because of -0.
+// Initialising every lane compiles to one broadcast; Vec{} + x would compile to an addition, because 0 + -0 is not -0.
 template <int... I>
 SWINKERNELS_INLINE Vec splat_lanes(float x, Indices<I...>) {
   return Vec{((void)I, x)...};
@@ -92,8 +92,8 @@ SWINKERNELS_INLINE HalfBits narrow_float16(Vec x) {
 #else
 SWINKERNELS_INLINE Vec widen_float16(HalfBits h) {
   const Bits bits = __builtin_convertvector(h, Bits);
-  // Exponent and mantissa in float32's places; the multiplication corrects the exponent's bias and normalises
-  // subnormal numbers. Infinities and NaN are all ones in the exponent of both formats.
+  // Shifts exponent and mantissa to their positions in float32; the multiplication corrects the exponent's bias and
+  // normalises subnormal numbers. In both formats, the exponent bits of infinities and NaN are all ones.
   const Vec finite = (Vec)((bits & 0x7fff) << 13) * 0x1p112f;
   const Bits special = (bits & 0x7c00) == 0x7c00 ? Bits{} + 0x7f800000u : Bits{};
   return (Vec)((Bits)finite | special | (bits & 0x8000) << 16);
@@ -103,11 +103,11 @@ SWINKERNELS_INLINE HalfBits narrow_float16(Vec x) {
   const Bits sign = ((Bits)x & 0x80000000u) >> 16;
   // Normal: correct the exponent's bias and round the mantissa, to nearest, ties to even; a carry raises the exponent.
   const Bits normal = (bits - 0x38000000u + 0xfff + ((bits >> 13) & 1)) >> 13;
-  // Subnormal: added to 0.5, whose last mantissa bit is worth 2^-24, the value is rounded by the addition itself.
+  // Subnormal: adding 0.5, whose last mantissa bit is worth 2^-24, rounds the value to a multiple of 2^-24.
   const Bits subnormal = (Bits)((Vec)bits + 0.5f) - 0x3f000000u;
   const Bits special = bits > 0x7f800000 ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
   Bits half = bits < 0x38800000 ? subnormal : normal;
-  half = bits >= 0x47800000 ? special : half;  // 2^16 and beyond; values rounded up to 2^16 are infinity already
+  half = bits >= 0x47800000 ? special : half;  // 2^16 and above; a value that rounds up to 2^16 is infinity already
   return __builtin_convertvector(half | sign, HalfBits);
 }
 #endif
@@ -131,7 +131,7 @@ struct BFloat16 {
   static SWINKERNELS_INLINE HalfBits narrow(Vec x) { return narrow_bfloat16(x); }
 };
 
-// to[0..count) = from[0..count); further lanes, up to a whole vector, become zero.
+// to[0..count) = from[0..count), converted to float32; the remaining lanes of the last vector become zero.
 template <class Format>
 SWINKERNELS_INLINE void load_row(const void* from, int64_t count, float* to) {
   using Memory = typename Format::Memory;
@@ -147,7 +147,7 @@ SWINKERNELS_INLINE void load_row(const void* from, int64_t count, float* to) {
   }
 }
 
-// to[0..count) = from[0..count) * factor, rounded to the format. `from` is padded to a whole vector.
+// to[0..count) = from[0..count) * factor, rounded to the format. `from` is padded to whole vectors.
 template <class Format>
 SWINKERNELS_INLINE void store_row(const float* from, int64_t count, float factor, void* to) {
   using Memory = typename Format::Memory;
@@ -170,8 +170,8 @@ SWINKERNELS_INLINE Vec exp(Vec x) {
   // exp(x) = 2^n * exp(r) with n = round(x / ln 2); adding 1.5 * 2^23 leaves n in the last bits of the mantissa.
   const Vec shifted = x * 1.44269504f + 12582912.0f;
   const Vec n = shifted - 12582912.0f;
-  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, n times the first one exact
-  // (exp(r) - 1 - r) / r^2, minimax for |r| <= ln(2) / 2: relative error of the whole 3.1e-9.
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts; n times the first is exact
+  // (exp(r) - 1 - r) / r^2, minimax for |r| <= ln(2) / 2; the relative error of exp(r) is 3.1e-9.
   Vec p = splat(1.3814467e-3f);
   p = p * r + 8.3687808e-3f;
   p = p * r + 4.1668393e-2f;
@@ -209,7 +209,7 @@ SWINKERNELS_INLINE Vec sqrt(Vec x) {
 
 template <int kStep>
 constexpr int interleaved(int lane, bool odd) {
-  // The lane of the pair (a, b) that goes into the even or odd result when blocks of kStep lanes are exchanged.
+  // The element of (a, b) that becomes this lane of the even or odd result when blocks of kStep lanes are exchanged.
   return (lane & kStep) == 0 ? (odd ? lane + kStep : lane) : (odd ? kLanes + lane : kLanes + lane - kStep);
 }
 
@@ -275,8 +275,8 @@ SWINKERNELS_INLINE void sum_lanes(Vec (&rows)[kLanes]) {
   }
 }
 
-// Lane r = the product of row r of a with row r of b, for kLanes consecutive rows of `columns` elements, a multiple of
-// kLanes.
+// Lane r = the dot product of row r of a and row r of b, for kLanes consecutive rows. `columns`, the length of a row,
+// is a multiple of kLanes.
 SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t columns) {
   Vec sums[kLanes] = {};
   for (int64_t c = 0; c < columns; c += kLanes) {
@@ -314,8 +314,8 @@ void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int
   }
 }
 
-// Rows and vectors of a tile: the sums, a row of b and one factor must fit in the registers. AVX-512 and aarch64 have
-// 32 registers, the others 16.
+// The size of a tile in rows and vectors: the sums, a row of b and one factor must fit in the registers. AVX-512 and
+// aarch64 have 32 registers, the others 16.
 #if SWINKERNELS_LANES == 16 || defined(__aarch64__)
 constexpr int kTileVectors = 4;
 constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : 8; }

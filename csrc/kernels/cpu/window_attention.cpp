@@ -98,9 +98,9 @@ int64_t axis_table_rows(const WindowAttentionForwardParams& p) {
 
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const WindowAttentionForwardParams& p = params.forward;
-  // There are enough chunks for the threads of a large machine, but each has several windows, because every chunk
-  // writes a partial bias gradient. With a dense bias, the partial gradients have at most 64 MiB in total, unless there
-  // must be more chunks because of the number of bias types.
+  // There are enough chunks for the threads of a large machine, but each chunk has several windows, because it writes a
+  // partial bias gradient. With a dense bias, the partial gradients take at most 64 MiB in total or, if that is more,
+  // one partial gradient per bias type and head.
   constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4, kMaxDenseElements = 1 << 24;
   const int64_t types = p.bias_types, dense = p.num_heads * scores_of_window(p);
   int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);
@@ -121,7 +121,7 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
                                                 : 2 * g.table_window[axis] - 1;
   }
 
-  // Returns an array in the workspace, or only counts the bytes if the workspace is null.
+  // Returns the next array in the workspace, or null if `wanted` is null. Without a workspace, only counts the bytes.
   const auto take = [&](const float* wanted, int64_t count_per_chunk) -> float* {
     if (wanted == nullptr) return nullptr;
     char* part = static_cast<char*>(params.workspace);
@@ -191,7 +191,7 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
   }
   if (partition.dkv != nullptr) {
     const int64_t tasks = p.batch * product(p.geometry.num_windows) * heads;
-    const int64_t bytes = (dim + 64) * static_cast<int64_t>(sizeof(float));  // a row of whole vectors
+    const int64_t bytes = (dim + 64) * static_cast<int64_t>(sizeof(float));  // a row, rounded up to whole vectors
     run(parallel_for, tasks, [&](int64_t begin, int64_t end) {
       kernels().sum_key_gradients(params, partition, begin, end, scratch(bytes));
     });

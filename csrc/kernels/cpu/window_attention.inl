@@ -5,23 +5,24 @@
 //                     dv = P^T dout, dq = factor dS k, dk = factor dS^T q, dbias = dS
 //           v2        q and k are rows of unit length u = x / max(norm, 1e-12), factor = exp(min(logit_scale, ln 100));
 //                     dx = (du - u (u . du)) / norm, and dlogit_scale = factor sum (u . dS k) over the rows u of q
-// Layout    Scores are stored transposed, (keys, queries). Softmax and delta run down the columns, a vector of queries
-//           at a time, without sums across a vector, and the products with v and k read the scores by column. Only q
-//           (and dout) have to be transposed.
-// Tiling    One window and head at a time: its k and v rows are converted to float32 into scratch memory, then its
-//           queries in blocks of at most kMaxQueryBlock, so that for window 7 and head_dim 32 all of it stays in L1
-//           and for 1024 tokens the scores of a block stay in L2.
-// Work      forward 4, backward 10 N^2 head_dim operations for each window and head, N rounded up to whole vectors, and
-//           one exp per score in either pass. In windows of more than about 30 tokens, the kernels are bound by
-//           arithmetic, not by memory. v2 adds work per row, not per score: some 7 % at window 8 and head_dim 32.
+// Layout    Scores are stored transposed, (keys, queries). Softmax and delta are reductions along the columns, for a
+//           vector of queries at a time, so nothing is summed across a vector. The products with v and k read the
+//           scores by column. Only q (and dout) have to be transposed.
+// Tiling    One window and head at a time. Its k and v rows are converted to float32 in scratch memory, and its queries
+//           are processed in blocks of at most kMaxQueryBlock. For window 7 and head_dim 32 all data stays in L1, and
+//           for 1024 tokens the scores of a block stay in L2.
+// Work      4 N^2 head_dim operations forward and 10 N^2 head_dim backward for each window and head, with N rounded up
+//           to whole vectors, and one exp per score in either pass. In windows of more than about 30 tokens, the
+//           kernels are bound by arithmetic, not by memory. v2 adds work per row, not per score: about 7 % at window 8
+//           and head_dim 32.
 #include "simd.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
 
-// 4 AVX-512 vectors, the width of a tile in the product that computes scores.
+// 4 AVX-512 vectors, the width of a tile in the matmul that computes the scores.
 constexpr int64_t kMaxQueryBlock = 64;
-// The largest cache for the bias of several heads, written out as (keys, queries) and kept from window to window.
+// The maximum size of the cache that keeps the expanded bias (keys, queries) of several heads from window to window.
 constexpr int64_t kMaxBiasCacheBytes = 1 << 20;
 // Sums over keys are split into partial sums over this many keys, which limits the growth of rounding errors.
 constexpr int64_t kSummedKeys = 16;
@@ -30,8 +31,8 @@ SWINKERNELS_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1)
 SWINKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SWINKERNELS_INLINE int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
-// Hands out pieces of the scratch memory; with a null base, only counts the bytes. Under AddressSanitizer, the bytes
-// between two pieces are out of bounds.
+// Allocates pieces of the scratch memory; with a null base, only counts the bytes. Under AddressSanitizer, the gaps
+// between the pieces are poisoned.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -60,15 +61,15 @@ class Arena {
 // Sizes derived from the parameters.
 struct Sizes {
   int64_t tokens;  // N
-  int64_t keys;    // M; equals N unless the keys are a larger window's tokens
+  int64_t keys;    // M; equals N without a key margin
   int64_t key_window[3];
   int64_t dim, row;    // head_dim, and head_dim rounded up to whole vectors
-  int64_t block;       // queries in a block, whole vectors
-  int64_t blocks;      // blocks of a window
+  int64_t block;       // queries in a block, rounded up to whole vectors
+  int64_t blocks;      // blocks in a window
   bool overlap;        // windows share keys
   bool pairs = false;  // the table has rows for pairs of coordinates on some axis
   int64_t table_rows;
-  int64_t rows_of_axis[3];  // rows of the table
+  int64_t rows_of_axis[3];  // table rows of each axis
 
   explicit Sizes(const WindowAttentionForwardParams& p) {
     const WindowGeometry& g = p.geometry;
@@ -92,7 +93,7 @@ struct Sizes {
     blocks = (tokens + block - 1) / block;
   }
   int64_t queries(int64_t b) const { return smaller(tokens - b * block, block); }
-  int64_t scores() const { return keys * block; }  // in a block of queries, (keys, queries)
+  int64_t scores() const { return keys * block; }  // elements of a block's scores (keys, queries)
 };
 
 template <class Action>
@@ -109,13 +110,13 @@ SWINKERNELS_INLINE void with_format(DType dtype, Action action) {
 
 // ---- Token positions of a window ----
 
-constexpr int64_t kPad = -1;  // replaces the offset of a pad token
+constexpr int64_t kPad = -1;  // the offset of a pad token
 
 class Window {
  public:
   int64_t batch;
   int64_t bias_type;
-  int32_t* region;  // (N); only if masked
+  int32_t* region;  // (N), valid only if masked
   bool masked;      // the tokens belong to several regions
   bool padded;      // some tokens are pad tokens
 
@@ -171,13 +172,13 @@ class Window {
     masked = has_regions_ && find_regions();
   }
 
-  // Offsets of head 0's rows of the window, in elements from the map's data; kPad for pad tokens.
+  // Writes the offsets of the window's rows for head 0, in elements from the map's data; kPad for pad tokens.
   template <class Pointer>
   void offsets(const TokenMapOf<Pointer>& map, int64_t* to) const {
     offsets_of(params_.geometry.window, source_, map, to);
   }
 
-  // Offsets of the keys' rows of the window, in the same form.
+  // Writes the offsets of the rows of the window's keys, in the same form.
   template <class Pointer>
   void key_offsets(const TokenMapOf<Pointer>& map, int64_t* to) const {
     offsets_of(key_window_, key_source_, map, to);
@@ -224,9 +225,10 @@ class Window {
   int32_t key_window_[3], *key_source_[3];             // per axis and key
 };
 
-// ---- Rows between the maps and scratch memory ----
+// ---- Copies between the maps and scratch memory ----
 
-// Converts tokens [first, first + count) of one head to float32 rows. Pad tokens get `pad`, or zeros if it is null.
+// Converts tokens [first, first + count) of one head to float32 rows. The rows of pad tokens become `pad`, or zeros if
+// it is null.
 void gather(DType dtype, const ConstTokenMap& map, const int64_t* offsets, int64_t first, int64_t count, int64_t head,
             const void* pad, const Sizes& sizes, float* rows) {
   with_format(dtype, [&](auto format) {
@@ -261,7 +263,7 @@ SWINKERNELS_INLINE void scatter(DType dtype, const TokenMap& map, const int64_t*
   });
 }
 
-// Returns q (0), k (1) or v (2) of a head's pad token.
+// Returns the q, k or v (part 0, 1 or 2) of a head's pad token, or null if it is zero.
 SWINKERNELS_INLINE const void* pad_row(const WindowAttentionForwardParams& p, int64_t part, int64_t head) {
   if (p.pad_qkv == nullptr) return nullptr;
   const int64_t item = p.dtype == DType::kFloat32 ? 4 : 2;
@@ -326,7 +328,7 @@ class Bias {
     run_[runs_] = sizes.tokens;
   }
 
-  // Returns the bias (keys, queries) of a block of queries in a window of this type, or null without a bias.
+  // Returns the bias (keys, queries) of query block b in a window of bias type `type`, or null without a bias.
   const float* block(int64_t type, int64_t head, int64_t b) {
     if (table_ == nullptr && dense_ == nullptr) return nullptr;
     if (head < cached_heads_) {
@@ -342,8 +344,8 @@ class Bias {
     return written;
   }
 
-  // Adds the gradient of a block's scores to dcolumn, the gradient of a head's column of the table, which has
-  // table_rows + kLanes elements.
+  // Adds dscores, the gradient of the scores of block b, to dcolumn, the gradient of a head's column of the table.
+  // dcolumn has table_rows + kLanes elements.
   void add_table_gradient(const float* dscores, int64_t b, float* dcolumn) const {
     for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
       const float* from = dscores + key * sizes_.block + query - b * sizes_.block;
@@ -355,7 +357,7 @@ class Bias {
     });
   }
 
-  // Writes the gradient of a dense bias, (N, N), from the gradients of all blocks of scores.
+  // Writes dbias (N, M), the gradient of a dense bias, from dscores, the gradients of the scores of all blocks.
   void write_dense_gradient(const float* dscores, float* dbias) const {
     for (int64_t b = 0; b < sizes_.blocks; ++b) {
       transpose_any(dscores + b * sizes_.scores(), sizes_.keys, sizes_.queries(b), sizes_.block,
@@ -381,10 +383,11 @@ class Bias {
     });
   }
 
-  // The table's bias for key j and queries [i, i + length) is contiguous in the table's column if r(i + t) = r(i) +
-  // t, usually for a row of the window. So the table is read, and its gradient summed, in vectors, without an index per
-  // score. The last vector of a run extends beyond it; the elements that it writes there are overwritten by the next
-  // run or unused.
+  // Calls action(key, first query, length) for each key and each run of queries in block b. A run is a range of queries
+  // [i, i + length) with r(i + t) = r(i) + t (see WindowGeometry), usually a row of the window: their biases for one
+  // key are contiguous in the table's column. So the table is read, and its gradient summed, in vectors, without an
+  // index per score. The last vector of a run may extend beyond the run; the biases written there are overwritten by
+  // the next run or unused.
   template <class Action>
   SWINKERNELS_INLINE void for_each_run(int64_t b, Action action) const {
     const int64_t first = b * sizes_.block, last = first + sizes_.queries(b);
@@ -398,13 +401,13 @@ class Bias {
   const Sizes& sizes_;
   const float *table_, *dense_;
   int64_t num_heads_, types_;
-  // For the table: r(token); the first tokens of the runs, then N; the column that was read last, and its head and
-  // type.
+  // For the table: centre_ is r_max; offset_ and key_offset_ are r(token) of queries and keys; run_ has the first query
+  // of each run, then N; column_ is the column that was read last, of column_head_ and column_type_.
   int64_t centre_ = 0, runs_ = 0, column_head_ = -1, column_type_ = -1;
   int64_t *offset_ = nullptr, *key_offset_ = nullptr, *run_ = nullptr;
   float* column_ = nullptr;
-  // The bias written out as (keys, queries): for each cached head, the bias of the type in cached_type_; then one block
-  // of any head.
+  // The expanded bias (keys, queries): for each cached head, all blocks for the type in cached_type_; then one block
+  // for the other heads.
   int64_t cached_heads_ = 0, head_stride_ = 0;
   float* written_ = nullptr;
   int64_t* cached_type_ = nullptr;
@@ -414,9 +417,10 @@ class Bias {
 
 // ---- Rows of unit length (v2) ----
 
-constexpr float kMaxInverseNorm = 1e12f;  // norms below 1e-12 count as 1e-12
+constexpr float kMaxInverseNorm = 1e12f;  // norms below 1e-12 are replaced by 1e-12
 
-// Divides the rows by their norms. inverse_norms, like the memory of the rows, consists of whole vectors.
+// Divides the rows by their norms and writes the reciprocals of the norms to inverse_norms. `rows` and `inverse_norms`
+// have space for `count` rounded up to a multiple of kLanes.
 void normalise_rows(const Sizes& sizes, int64_t count, float* rows, float* inverse_norms) {
   for (int64_t first = 0; first < count; first += kLanes) {
     float* group = rows + first * sizes.row;
@@ -429,15 +433,15 @@ void normalise_rows(const Sizes& sizes, int64_t count, float* rows, float* inver
   }
 }
 
-// Turns the gradient of normalised rows into the gradient of the original rows. Returns the sum, over vectors of rows,
-// of the products of row and gradient.
+// Turns the gradient of normalised rows into the gradient of the original rows. Returns partial sums of the dot
+// products of each row and its gradient: lane r sums over rows r, r + kLanes, ...
 Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows, const float* inverse_norms,
                             float* gradients) {
   Vec sum = {};
   for (int64_t first = 0; first < count; first += kLanes) {
     const Vec products = row_products(rows + first * sizes.row, gradients + first * sizes.row, sizes.row);
     sum += (Vec)((Int)products & first_lanes(count - first));
-    // The gradient of a unit row has no component along the row. A row shorter than the least norm was divided by a
+    // The gradient of a unit row has no component along the row. A row with a norm below 1e-12 was divided by a
     // constant, so its gradient keeps that component.
     float along[kLanes];
     store(along, load(inverse_norms + first) < kMaxInverseNorm ? products : Vec{});
@@ -454,8 +458,8 @@ Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows
 
 // ---- Scores ----
 
-// Turns rows (queries, row) into the scaled queries q_t (row, block) and returns the initial scores of the block: the
-// bias, or null. The bias of axis_tables is written in place of the scores.
+// Transposes and scales the queries `rows` (queries, row) to q_t (row, block). Returns the initial scores of the block:
+// its bias, or null without a bias. With axis_tables, the bias is written to `scores`.
 SWINKERNELS_INLINE const float* start_scores(const Sizes& sizes, Bias& bias, AxisTables& axes, int64_t type,
                                              int64_t head, int64_t b, float factor, float* rows, float* q_t,
                                              float* scores) {
@@ -470,7 +474,7 @@ SWINKERNELS_INLINE const float* start_scores(const Sizes& sizes, Bias& bias, Axi
   return scores;
 }
 
-// Computes the scores (keys, queries) of a block: k (N, row) times q_t (row, block), the scaled queries, + bias + mask.
+// Computes the scores (keys, queries) of a block: k (M, row) times the scaled queries q_t (row, block), + bias + mask.
 void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, const Window& window, const float* k,
                     const float* q_t, const float* bias, int64_t b, float* scores) {
   const int64_t queries = sizes.queries(b);
@@ -503,12 +507,12 @@ struct Forward {
   Bias bias;
   AxisTables axes;
   int64_t *q_offsets, *k_offsets, *v_offsets, *out_offsets;
-  float *k, *v;             // (N, row)
+  float *k, *v;             // (M, row)
   float* rows;              // (block, row): q, then out
   float* q_t;               // (row, block)
-  float* scores;            // (N, block)
+  float* scores;            // (M, block)
   float *lse, *reciprocal;  // (block)
-  float* inverse_norms;     // (N)
+  float* inverse_norms;     // (M)
 
   Forward(const WindowAttentionForwardParams& p, Arena& arena)
       : sizes(p), window(p, arena), bias(p, sizes, arena), axes(p, sizes, arena) {
@@ -593,14 +597,14 @@ struct Backward {
   Bias bias;
   AxisTables axes;
   int64_t *q_offsets, *k_offsets, *v_offsets, *dout_offsets, *dq_offsets, *dk_offsets, *dv_offsets;
-  float *k, *v, *dk, *dv;                    // (N, row)
+  float *k, *v, *dk, *dv;                    // (M, row)
   float *q, *dout, *dq;                      // (block, row)
   float *q_t, *dout_t;                       // (row, block)
-  float *scores, *dscores;                   // (N, block); scores become probabilities
+  float *scores, *dscores;                   // (M, block); scores become probabilities
   float* lse;                                // (block)
-  float *inverse_q_norms, *inverse_k_norms;  // (block), (N)
-  // Sums of a chunk:
-  float* dbias = nullptr;  // (blocks, N, block), the sum of dscores; for a table only if there is one block
+  float *inverse_q_norms, *inverse_k_norms;  // (block), (M)
+  // Sums over a chunk's windows:
+  float* dbias = nullptr;  // (blocks, M, block), the sum of dscores; used for a table only if there is one block
   float* dcolumn;          // (table_rows)
   float* daxis_tables;     // (rows of all axes, row)
   float *dpad_k, *dpad_v;  // (row)
@@ -637,8 +641,8 @@ SWINKERNELS_INLINE void clear(float* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0.0f;
 }
 
-// From scores and dprobs (in `dscores`), computes probabilities in `scores` and their gradient in `dscores`; adds the
-// latter to dbias if that is not null.
+// Replaces `scores` by the probabilities, and `dscores`, which holds dP, by the gradient of the scores. Adds this
+// gradient to dbias unless dbias is null.
 void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, float* scores, float* dscores,
                       float* dbias) {
   for (int64_t i = 0; i < queries; i += kLanes) {
@@ -671,7 +675,7 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
   }
 }
 
-// Adds the rows of the window's pad tokens, times factor, in order.
+// Adds the rows of the window's pad keys, times `factor`, to `sum`, in the order of the keys.
 void add_pad_rows(const Sizes& sizes, const int64_t* offsets, float factor, const float* rows, float* sum) {
   for (int64_t i = 0; i < sizes.keys; ++i) {
     if (offsets[i] != kPad) continue;
@@ -681,7 +685,8 @@ void add_pad_rows(const Sizes& sizes, const int64_t* offsets, float factor, cons
   }
 }
 
-// Writes dk and dv to the maps or, if windows share keys, to dkv (2, keys, head_dim).
+// Computes the gradients of one window and head. dk and dv go to the maps or, if windows share keys, to dkv (2, keys,
+// head_dim).
 void backward_window(const WindowAttentionBackwardParams& params, Backward& s, int64_t index, int64_t head,
                      float factor, float* dkv) {
   const WindowAttentionForwardParams& p = params.forward;
@@ -707,7 +712,7 @@ void backward_window(const WindowAttentionBackwardParams& params, Backward& s, i
     if (p.logit_scale != nullptr) normalise_rows(sizes, queries, s.q, s.inverse_q_norms);
     const float* start = start_scores(sizes, s.bias, s.axes, s.window.bias_type, head, b, factor, s.q, s.q_t, s.scores);
     transpose_rows(sizes, queries, s.dout, 1.0f, s.dout_t);
-    // A pad query has probability 0 for every key: its output was dropped, and its lse is undefined.
+    // A pad query has probability 0 for every key: its output is discarded, and its lse is undefined.
     for (int64_t i = 0; i < width; ++i) {
       const bool is_pad = i >= queries || s.dout_offsets[first + i] == kPad;
       s.lse[i] = is_pad ? __builtin_inff() : lse[first + i];

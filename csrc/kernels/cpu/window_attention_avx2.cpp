@@ -6,7 +6,8 @@
 
 #include "window_attention_kernels.h"
 
-// The pragma covers the rest of the file, because templates are compiled for the target that is in effect at its end.
+// The pragma covers the rest of the file, because templates are compiled for the target in effect at the end of the
+// file.
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

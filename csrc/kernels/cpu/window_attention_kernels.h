@@ -16,20 +16,20 @@
 
 namespace swinkernels::cpu {
 
-// Returns the factor of a head's scores: the scale or, in v2, exp(min(logit_scale, ln 100)).
+// Returns the factor of a head's q k^T: the scale or, in v2, exp(min(logit_scale, ln 100)).
 float score_factor(const WindowAttentionForwardParams&, int64_t head);
 
 // The division of the backward pass into chunks, which does not depend on the number of threads. A chunk consists of
-// several windows of one bias type, for one head; chunk number = window chunk * num_heads + head. Each chunk sums its
-// own parameter gradients.
+// several windows of one bias type, for one head; the index of a chunk is window chunk * num_heads + head. Each chunk
+// sums its own parameter gradients.
 struct BackwardPartition {
-  int64_t windows_per_type;  // in the whole batch; window chunk number = type * chunks_per_type + chunk of the type
+  int64_t windows_per_type;  // in the whole batch; window chunk = type * chunks_per_type + chunk within the type
   int64_t windows_per_chunk;
   int64_t chunks_per_type;
   int64_t window_chunks;
   int64_t table_rows;
   int64_t workspace_bytes;  // bytes of all arrays below
-  // The arrays are null for gradients that are not wanted.
+  // The arrays of gradients that are not needed are null.
   float* dbias_table;   // (window_chunks, num_heads, table_rows)
   float* dbias;         // (window_chunks, num_heads, N, M)
   float* daxis_tables;  // (window_chunks, num_heads, rows of all axes, head_dim)
@@ -44,13 +44,13 @@ struct WindowAttentionKernels {
   // aligned.
   int64_t (*forward_scratch_bytes)(const WindowAttentionForwardParams&);
   int64_t (*backward_scratch_bytes)(const WindowAttentionBackwardParams&);
-  // Runs tasks [begin, end) of window * num_heads + head.
+  // Runs tasks [begin, end), where task = window * num_heads + head.
   void (*forward)(const WindowAttentionForwardParams&, int64_t begin, int64_t end, void* scratch);
   // Runs chunks [begin, end).
   void (*backward)(const WindowAttentionBackwardParams&, const BackwardPartition&, int64_t begin, int64_t end,
                    void* scratch);
-  // Sums dkv into dk and dv after backward, if the partition has dkv. Runs tasks [begin, end) of window * num_heads +
-  // head.
+  // Sums dkv into dk and dv after backward, if the partition has dkv. Runs tasks [begin, end), where task = window *
+  // num_heads + head.
   void (*sum_key_gradients)(const WindowAttentionBackwardParams&, const BackwardPartition&, int64_t begin, int64_t end,
                             void* scratch);
 };

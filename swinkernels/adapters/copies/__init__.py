@@ -1,1 +1,1 @@
-"""Makes adapters at run time for unknown classes that copy Microsoft's block or attention."""
+"""Creates adapters at run time for unknown classes that copy Microsoft's block or attention."""

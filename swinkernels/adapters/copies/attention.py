@@ -1,10 +1,10 @@
-"""Adapters for window attention of unknown classes inside blocks without a known form, such as HAT's.
+"""Adapters for window attention modules of unknown classes, inside blocks of no known form, such as HAT's.
 
-Only the attention module is replaced. The block still rolls the map and cuts it into windows, so the gain is smaller.
-The code of the block does not matter, because x, the mask and, in HAT, the index of the bias table are arguments of the
-attention module. The sum of bias and mask, which may have any values, is the dense bias of the op. The windows of an
-image become the rows of a map, (images, windows, N, C), and each window of the op is one row. A class is replaced only
-after a trial with random masks.
+Only the attention module is replaced. The block still rolls the map and partitions it into windows, so the speedup is
+smaller than with a replaced block. The block's code does not matter, because x, the mask and, in HAT, the index into
+the bias table are arguments of the attention module. The op receives the sum of bias and mask as a dense bias, so the
+mask may have any values. The windows of an image become the rows of a map, (images, windows, N, C), and each window of
+the op is one row. A class is replaced only after a trial with random masks.
 """
 
 from __future__ import annotations
@@ -50,15 +50,18 @@ _IMAGES, _WINDOWS = 2, 3  # images, and windows per image, in a trial
 
 @dataclass(frozen=True)
 class Form:
-    """Names the arguments of a window attention's forward after x."""
+    """The names of the arguments that follow x in the forward of a window attention."""
 
-    # The argument with the bias table's index, or None if the index is the module's buffer.
+    # The argument that holds the index into the bias table, or None if the index is a buffer of the module.
     index: str | None
     mask: str
 
 
 def _form_by_signature(original: Any) -> Form | None:
-    """Infer the form from the signature of forward, or return None if the signature has no mask after x."""
+    """Infer the form from the signature of ``original.forward``; return None if x is followed by no mask.
+
+    Also return None if an argument after the mask has no default.
+    """
     taken = parameters_of(original)
     names = [p.name for p in taken]
     index = names[1] if len(names) > 2 and names[1] in _INDEX else None
@@ -75,12 +78,15 @@ def _volume(attn: Any) -> int:
 
 
 def _why_beyond_limits(attn: Any, n: int) -> str | None:
-    """Return the reason why the op does not accept windows of N tokens with the module's heads, or None."""
+    """Return the reason why the op does not accept windows of ``n`` tokens with the heads of ``attn``, or None."""
     return why_beyond_limits(attn.qkv.out_features // (3 * attn.num_heads), (n,))
 
 
 def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | str:
-    """Run the op on the windows, or return the reason why the module's own code has to run."""
+    """Return the output of ``attn`` for the windows ``x``, computed by the op, or the reason why its own code must run.
+
+    ``index`` is used only if it is an argument in ``form``.
+    """
     reason = attn._swinkernels_changed() or why_not_window_attention(attn)
     if reason is not None:
         return reason
@@ -127,7 +133,7 @@ class StructuralAttention(DynamicSubclass):
         self.__dict__["_swinkernels_snapshots"] = {"": Snapshot(self)}
 
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
-        """Return the op's result, or the reason why the module's own code has to run."""
+        """Return the module's output, computed by the op, or the reason why the module's own code has to run."""
         if self._swinkernels_own_code(x):
             return "its code is traced or was replaced, or no kernel runs on the device"
         form = self._swinkernels_form
@@ -155,7 +161,7 @@ class StructuralAttention(DynamicSubclass):
 
 
 def _call(form: Form, attn: Any, x: Tensor) -> Tensor:
-    """Call the module on windows with a mask and without one."""
+    """Call ``attn`` on the windows ``x`` with a random mask and without a mask; return both outputs, concatenated."""
     n = x.shape[1]
     generator = torch.Generator("cpu").manual_seed(6)
     mask = 3 * torch.randn(min(_WINDOWS, len(x)), n, n, generator=generator, device="cpu").to(x)
@@ -176,7 +182,7 @@ _TRIALS = Verdicts()
 
 
 def _why_not(attn: Any, form: Form) -> str | None:
-    """Return the reason, from the op's limits or a trial, why the op cannot replace the module, or None."""
+    """Return the reason, from the op's limits or a trial, why the op cannot replace ``attn``, or None."""
     beyond = _why_beyond_limits(attn, _volume(attn))
     if beyond is not None:
         return beyond
@@ -217,7 +223,7 @@ def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
 
 
 def _part_reasons(attn: Any, backend: str, training: bool) -> list[str]:
-    """List the reasons why a backend cannot run the op for windows with a mask."""
+    """List the reasons why ``backend`` cannot run the op of ``attn`` on windows with a mask."""
     weight, heads, n = attn.qkv.weight, attn.num_heads, _volume(attn)
     bias = torch.empty((2, heads, n, n), device="meta")
     head_dim = weight.shape[0] // (3 * heads)

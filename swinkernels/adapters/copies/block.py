@@ -8,8 +8,8 @@ table (v1) or the MLP and the scale of v2. Its forward may have one of several p
 that gives the same outputs and gradients is used. A block that no form fits is left as it was, and the report gives the
 reason.
 
-One accelerated class is made per class and form, and is pickled as that pair. If no form fits the whole block, a form
-in ``attention.py`` may fit its attention.
+An accelerated class is created for each pair of original class and form, and is pickled as that pair. If no form fits
+the whole block, a form in ``attention.py`` may fit its attention.
 
 Source: models/swin_transformer.py and swin_transformer_v2.py of microsoft/Swin-Transformer, and the copies named above.
 """
@@ -72,7 +72,7 @@ class Form:
     # Where the forward gets the map's size: "input_resolution"; names of attributes such as "H W"; "argument"; "shape"
     # (of x); or "square" (the square root of the sequence's length).
     size_from: str
-    # "own" if the block stores or makes the mask, "argument" if the caller passes it.
+    # "own" if the block stores or computes the mask, "argument" if the caller passes it.
     mask_from: str
     # "stays" if the window never changes. "clamped" if, on an axis where the map is no larger than the window, the
     # window shrinks to the map and is not shifted.
@@ -127,7 +127,7 @@ def _resolution(block: Any) -> tuple[int, ...] | None:
 
 
 def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the window and the shift that the form uses for a map of this size."""
+    """Return the window and the shift that a block of this form uses for a map of ``size``."""
     window, shift = _window(block), _shift(block)
     if form.window == "stays":
         return window, shift
@@ -139,7 +139,7 @@ def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, 
 
 
 def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
-    """Return "whole" for a map of whole windows, else "padded"; prepend "small, " if one window covers an axis."""
+    """Return "padded" if a map of ``size`` needs padding, else "whole"; prefix "small, " if a window covers an axis."""
     small = any(s <= w for s, w in zip(size, window, strict=True))
     padded = any(s % w for s, w in zip(size, window, strict=True))
     return ("small, " if small else "") + ("padded" if padded else "whole")
@@ -149,7 +149,7 @@ def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
 
 
 def _why_not_attention(block: Any) -> str | None:
-    """Return the reason why a block that passed its trial must now run its own code, or None."""
+    """Return the reason why the op cannot compute the block's attention, whatever the form, or None."""
     attn = block._modules["attn"]
     reason = why_not_window_attention(attn)
     if reason is not None:
@@ -176,7 +176,7 @@ def _geometry(form: Form, block: Any, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _attended(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
-    """Return the result of the attention op for a map, before the projection. In v1, norm1 is applied first."""
+    """Return the attention op's output for the map ``x``, before the projection. In v1, norm1 is applied first."""
     attn, bias = block.attn, qkv_bias(block.attn)
     z = norm_for_linear(block, "norm1", x, attn.qkv.in_features) if form.norm == "pre" else x
     x = z.reshape(x.shape[0], *size, x.shape[-1])
@@ -202,7 +202,7 @@ def _has_own_mask(block: Any) -> bool:
         resolution, window, shift = _resolution(block), _window(block), _shift(block)
     except (TypeError, ValueError):
         return True
-    if mask is None:  # the mask is made in every call, or is missing
+    if mask is None:  # the mask is computed in every call, or is missing
         return hasattr(block, MASK) and resolution is not None and any(shift)
     return resolution is None or not is_stored_mask(mask, frame_of(resolution, window), window, shift)
 
@@ -228,7 +228,7 @@ _NOTHING = nn.Identity()
 
 
 def _residual(block: Any, half: int, norm: str) -> Residual | None:
-    """Describe the sum after one half of the block and the norm next to it, or return None without a drop path."""
+    """Return the residual connection of ``half`` (1 or 2) with the norm next to it, or None without a drop path."""
     name = _name_of_drop_path(block, half)
     if name is None:
         return None
@@ -237,7 +237,7 @@ def _residual(block: Any, half: int, norm: str) -> Residual | None:
 
 
 def _add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
-    """Return x + drop_path(norm(y)), with the modules of one half of the block (1 or 2)."""
+    """Return x + drop_path(norm(y)), with the norm and the drop path of ``half`` (1 or 2)."""
     residual = _residual(block, half, f"norm{half}")
     fused = None if residual is None else residual.add_normed(block, x, y)
     return x + _drop_path(block, half)(child(block, f"norm{half}")(y)) if fused is None else fused
@@ -247,7 +247,10 @@ Call = tuple[tuple[int, ...], float]
 
 
 def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
-    """Return the map's size and the mask's value for a call, or the reason why the block must run its own code."""
+    """Return the map's size and the mask value for a call, or the reason why the block must run its own code.
+
+    ``given`` is the argument after x, if the form has one.
+    """
     reason = block._swinkernels_changed() or _why_not_attention(block)
     if reason is not None:
         return reason
@@ -290,7 +293,7 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
 
 
 def _attention_branch(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
-    """Return the result of the attention branch, including norm1 in v1, in the layout of x."""
+    """Return the output of the attention branch, which in v1 includes norm1, in the layout of x."""
     return projected(block.attn, _attended(form, block, x, size, mask_value)).reshape(x.shape)
 
 
@@ -335,7 +338,7 @@ class StructuralBlock(DynamicSubclass):
 
     _swinkernels_argument: str | None  # the argument after x
     _swinkernels_in_trial = False
-    # A snapshot of the MLP, if a trial showed that composing its layers gives the same results, else None.
+    # A snapshot of the MLP if, in a trial, its layers called in turn gave the results of its forward, else None.
     _swinkernels_mlp: Snapshot | None = None
 
     def _swinkernels_swapped(self) -> None:
@@ -352,7 +355,7 @@ class StructuralBlock(DynamicSubclass):
         _has_own_mask(self)
 
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
-        """Return the arguments for the op, or the reason why the block must run its own code."""
+        """Return the map's size and the mask value, or the reason why the block must run its own code."""
         if self._swinkernels_own_code(x):
             return "its code is traced or was replaced, or no kernel runs on the device"
         given, name = None, self._swinkernels_argument
@@ -394,18 +397,21 @@ class StructuralBlock(DynamicSubclass):
 # Forms
 
 
-# Number of axes -> the names of attributes to which a stage assigns the size of the map.
+# Number of axes -> the names of the attributes in which a stage stores the size of the map.
 _NAMES_OF_SIZES = {2: ("H W",), 3: ("D H W", "H W T", "H W D")}
 
 
 def _size_names(form: Form) -> list[str]:
-    """Return the names of the attributes that contain the map's size, if the form reads such attributes."""
+    """Return the names of the attributes from which the form reads the map's size; empty if it reads none."""
     is_named = form.size_from in itertools.chain(*_NAMES_OF_SIZES.values())
     return form.size_from.split() if is_named else []
 
 
 def _named_sizes(block: Any) -> str:
-    """Return the attributes that may contain the map's size, by name, if the forward has a mask argument; else ""."""
+    """Return the names of the attributes that may hold the map's size, such as "H W", or "" if there are none.
+
+    Only a forward with a mask argument reads the size from attributes.
+    """
     taken = parameters_of(original_class(block))
     if len(taken) < 2 or "mask" not in taken[1].name:
         return ""
@@ -446,7 +452,7 @@ _MOST_TOKENS = 20_000  # the largest number of tokens of a map in a trial
 
 
 def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
-    """Return the sizes of maps to try: small maps of each kind that the block may get, and one large map.
+    """Return the map sizes for the trials: small maps of each kind that the form accepts and, if needed, a large map.
 
     The large map has more tokens than any constant with which the block's code may compare the number of tokens.
     """
@@ -469,12 +475,12 @@ def _small_sizes(form: Form, block: Any) -> list[tuple[int, ...]]:
     if len(window) == 2:
         (h, w) = window
         return [(2 * h, 3 * w), (3 * h, 2 * w), (h + 1, 2 * w + w // 2), (h, 2 * w), (2 * h, max(w - 1, 1)), (h + 1, 2)]
-    # Scores in many 3D windows would take too long.
+    # Few windows, because the scores of 3D windows take long to compute.
     return [tuple(2 * w for w in window), tuple(w + 1 for w in window), (window[0] + 1, window[1], 2), window]
 
 
 def _small_resolution(block: Any) -> tuple[int, ...]:
-    """Return the block's resolution, reduced to fewer windows unless its code may treat a small map differently."""
+    """Return ``input_resolution``, reduced to few windows unless the block's code may treat a small map differently."""
     resolution = _resolution(block)
     assert resolution is not None
     small = tuple(
@@ -487,7 +493,7 @@ def _small_resolution(block: Any) -> tuple[int, ...]:
 
 
 def _prepare(form: Form, block: Any) -> None:
-    """If a copied block stores the size of its map, change it to a smaller size."""
+    """If the copy ``block`` stores its map's size, set it to that of a small map, and its stored mask to match."""
     if _resolution(block) is None:
         return
     resolution = _small_resolution(block)
@@ -499,7 +505,7 @@ def _prepare(form: Form, block: Any) -> None:
 
 
 def _call(form: Form, block: Any, x: Tensor) -> Any:
-    """Call the forward of a block's class on a map, with the arguments that the form passes."""
+    """Call the forward of the block's class on the map ``x``, with the arguments that the form requires."""
     size = tuple(x.shape[1:-1])
     args: list[Any] = []
     if form.size_from == "argument":
@@ -516,7 +522,8 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     return type(block).forward(block, x, *args)
 
 
-# Signature -> the result of the trials: on a narrow copy in _TRIALS, at the module's own width in _AT_OWN_WIDTH.
+# Signature -> the form that passed the trials, or the reason why none did. _TRIALS has the results of narrow copies,
+# _AT_OWN_WIDTH those of blocks at their own width.
 _TRIALS: dict[tuple[Any, ...], Form | str] = {}
 _AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 
@@ -524,7 +531,7 @@ _AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 def _form_of(block: Any) -> Form | str:
     """Return the form that passes the trials, or the reason why no form fits.
 
-    A narrow copy gets thorough trials, then the block gets a short trial at its own width.
+    Thorough trials run on a narrow copy of the block, then a short trial runs at the block's own width.
     """
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on the meta device, and an unknown class is replaced only after a trial with values"
@@ -586,7 +593,7 @@ def _try_forms(block: Any, width: Width | None) -> Form | str:
         passed, reason = _trial(block, form, width=width).run(cases)
         if not why or (
             _REFUSED in why and reason and _REFUSED not in reason
-        ):  # a difference is more informative than a refusal
+        ):  # a difference in results is more informative than a refused trial
             why = reason
         if best is None or len(passed) > len(best.maps):
             best = replace(form, maps=passed)
@@ -631,7 +638,7 @@ def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
 
 
 def _why_not_this_one(block: Any) -> str | None:
-    """Return the reason why this block cannot be replaced, even if others of its class can, or None."""
+    """Return the reason why ``block`` cannot be replaced even if other blocks of its class can, or None."""
     reason = replaced_forward(block) or _why_not_attention(block)
     if reason is not None:
         return reason
@@ -644,7 +651,7 @@ def _why_not_this_one(block: Any) -> str | None:
 
 
 def _map(form: Form, block: Any) -> tuple[int, ...]:
-    """Return a map size of a kind for which the trial gave equal results."""
+    """Return a map size of a kind for which the trial gave equal results, preferably one that needs padding."""
     if form.size_from == "input_resolution":
         resolution = _resolution(block)
         assert resolution is not None

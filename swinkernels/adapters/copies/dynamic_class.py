@@ -1,4 +1,4 @@
-"""Makes accelerated subclasses at run time for classes from unknown packages. Their instances can be pickled."""
+"""Creates accelerated subclasses of classes from unknown packages at run time. Their instances can be pickled."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from swinkernels.adapters.adapter import Accelerated, Adapter, derived_since, or
 from swinkernels.adapters.bypass import all_modules_have_hooks
 from swinkernels.adapters.copies.snapshot import Snapshot
 
-# The attribute that contains a block's stored mask. The mask is compared with the one computed from the geometry.
+# The attribute in which a block stores its mask. The mask is compared with the one computed from the geometry.
 MASK = "attn_mask"
-# Reports name these classes by this instead of a library's name.
+# The name of the adapters for unknown classes in reports, in place of a library's name.
 NAME = "structural"
 
 
@@ -49,7 +49,7 @@ _COMPARED = (bool, int, float, str)
 
 
 def inside(module: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at a path, or None. This is faster than ``get_submodule``."""
+    """Return the submodule at ``path``, or None if there is none. This is faster than ``get_submodule``."""
     found: nn.Module | None = module
     for name in path.split(".") if path else ():
         found = None if found is None else found._modules.get(name)
@@ -57,13 +57,13 @@ def inside(module: nn.Module, path: str) -> nn.Module | None:
 
 
 class DynamicSubclass(Accelerated):
-    """Base class of the accelerated classes that are made at run time from an original class and a form."""
+    """Base class of the accelerated classes that are created at run time from an original class and a form."""
 
     _swinkernels_form: Any
     _swinkernels_original: Any
     # The parameters of forward after those that the form uses.
     _swinkernels_others: tuple[inspect.Parameter, ...] = ()
-    # Path -> a snapshot, taken when the class was swapped, of this module or of an inner module that the op replaces.
+    # Path -> snapshot, taken when the class was swapped, of this module or of an inner module that the op replaces.
     _swinkernels_snapshots: dict[str, Snapshot] | None = None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -97,7 +97,7 @@ class DynamicSubclass(Accelerated):
     _swinkernels_adapter: Callable[[Any, Any], Adapter]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the arguments that make the class again, because pickle cannot import a class made at run time."""
+        """Pickle the arguments that recreate the class, because pickle cannot import a class created at run time."""
         cls, reduced = type(self), super().__reduce_ex__(max(2, protocol))
         if derived_since(self) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
@@ -113,7 +113,7 @@ def _make_again(adapter: Callable[[Any, Any], Adapter], original: Any, form: Any
 def dynamic_subclass(
     base: type[DynamicSubclass], original: Any, form: Any, adapter: Any, **namespace: Any
 ) -> type[nn.Module]:
-    """Make the accelerated subclass of ``original`` for modules that follow a form."""
+    """Create the accelerated subclass of ``original`` for modules of the given ``form``."""
     namespace = {
         "_swinkernels_form": form,
         "_swinkernels_original": original,
@@ -125,4 +125,4 @@ def dynamic_subclass(
     return type(f"Accelerated{original.__name__}", (base, original), namespace)
 
 
-_remake = _make_again  # models pickled by 0.1.0 contain this name of _make_again
+_remake = _make_again  # the name of _make_again in models pickled by 0.1.0

@@ -15,7 +15,7 @@ _ATTENTION = ("attn", "attention", "msa")
 
 
 def why_unknown(module: nn.Module) -> str | None:
-    """Return the features of window attention that a similar module lacks, as one string, or None for other modules."""
+    """Return a message with the parts that a module similar to window attention lacks, or None for other modules."""
     original: Any = original_class(module)
     name = original.__name__.lower()
     is_named = any(word in name for word in _ATTENTION)

@@ -1,4 +1,4 @@
-"""For inference on a CPU, runs the MLPs of copied blocks with fused matrix products.
+"""Runs the MLPs of blocks of unknown classes with fused matrix products, for inference on a CPU.
 
 An MLP is a candidate if its layers are Linear, GELU and Linear, with dropouts. Its class may combine the layers in any
 way, so a trial on random inputs compares the module with the layers called one after the other.
@@ -27,7 +27,7 @@ def _mlp(kind: Any, drop: str | None, drop_kind: Any) -> linear_layers.Mlp:
 
 
 class _Owner(nn.Module):
-    """Contains an MLP under the attribute name that it has in a block."""
+    """A module with an MLP in the attribute ``mlp``, as in a block."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Owner(nn.Module):
 
 
 def _compute(mlp: Any, x: Tensor) -> Tensor:
-    """Call the MLP, or, in the accelerated twin, its layers one after the other."""
+    """Call ``mlp`` on ``x``; in the accelerated twin, call its layers one after the other instead."""
     if _IN_TRIAL not in mlp.__dict__:
         return mlp(x)
     layers = _mlp(class_of(mlp), None, nn.Dropout).layers(_Owner(mlp), x)
@@ -45,7 +45,7 @@ def _compute(mlp: Any, x: Tensor) -> Tensor:
 
 
 def trusted(mlp: nn.Module, axes: int) -> Snapshot | None:
-    """Return a snapshot of an MLP if its layers, called in turn, gave its forward's results in a trial; otherwise None.
+    """Return a snapshot of ``mlp`` if a trial showed that its layers, called in turn, can replace its forward, or None.
 
     ``axes`` is the number of axes of the MLP's input, not counting the batch and the channels.
     """
@@ -75,7 +75,7 @@ def _is_composition(mlp: nn.Module, axes: int, channels: int) -> bool:
 
 
 def fused(block: Any, z: Tensor, s: Tensor | None, drop: str | None, drop_kind: Any) -> Tensor | None:
-    """Return MLP(z), or s + drop(MLP(z)), from fused matrix products, or None if the modules must be called.
+    """Return MLP(z), or s + drop(MLP(z)) if ``s`` is given, by fused matrix products; None if they cannot be used.
 
     ``drop`` and ``drop_kind`` are the name and the class of the drop path that follows the MLP in the block.
     """

@@ -1,4 +1,4 @@
-"""Records the values and code that a forward may read, except trainable tensors; a trial is valid only for these.
+"""Records the values and code on which a forward, and so the result of a trial, depends, except trainable tensors.
 
 Modules with equal :func:`signature_of` share one trial. Every call of an accelerated copy compares the module with its
 :class:`Snapshot`; a module that changed since its trial runs its own code.
@@ -30,7 +30,7 @@ _NOT_COMPARED = {*nn.Module().__dict__, "input_resolution", "attn_mask", "attn_m
 _RATES = {"p", "drop_prob"}  # read by dropout and drop path at every call; a trial replaces them
 _SIZES = {"H", "W", "D", "T"}  # the last map's sizes, if a method other than __init__ stores them
 _READ_AT_EVERY_CALL = {"scale"}
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by Python code
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE, which is set for classes defined in Python
 
 
 class _Values:
@@ -69,7 +69,7 @@ def _has_plain_state(value: Any) -> bool:
 def described(value: Any, seen: dict[int, int] | None = None) -> Any:
     """Return a hashable description of a value, equal for values that a forward cannot distinguish.
 
-    A value that cannot be compared gets a description that equals no other description.
+    The description of a value that cannot be compared equals no other description.
     """
     kind = type(value)
     if kind in _ATOMS:
@@ -119,7 +119,7 @@ def _own_classes(cls: type) -> list[type]:
 
 
 def _attributes(module: nn.Module, sizes: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield the name and value of each attribute to compare; ``sizes`` names attributes for a map's size, to skip."""
+    """Yield the name and value of each attribute to compare. Skip those named in ``sizes``, which hold a map's size."""
     cls: Any = original_class(module)
     skipped, recorded = {*_NOT_COMPARED, *sizes}, _recorded(cls)
     if not module._modules and not module._parameters:
@@ -150,12 +150,12 @@ def signature_of(module: nn.Module, *others: Any, sizes: Iterable[str] = ()) -> 
     return tuple(found)
 
 
-# Class -> the versions of its code that existed in trials. If a class is patched later, a version is added.
+# Class -> the versions of its code so far. If a class is patched, its next trial or snapshot adds a version.
 _CODES: dict[type, list[tuple[Any, Any, list[Any], list[Any]]]] = {}
 
 
 def code_version(cls: type) -> int:
-    """Return the number of the current version of a class's code."""
+    """Return the index in ``_CODES[cls]`` of the current version of the class's code, which is added if new."""
     versions = _CODES.setdefault(cls, [])
     for number, code in enumerate(versions):
         if _is_code(cls, *code):
@@ -166,7 +166,10 @@ def code_version(cls: type) -> int:
 
 
 def _is_code(cls: Any, forward: Any, call: Any, now: list[Any], then: list[Any]) -> bool:
-    """Return True if a class is unchanged. This is fast, because nearly all compared values are identical objects."""
+    """Return True if the code of ``cls`` is the recorded one.
+
+    This is fast, because nearly all compared values are identical objects.
+    """
     return cls.forward is forward and now == then and not call_is_patched(cls, call)
 
 
@@ -174,7 +177,7 @@ _MOST_OBJECTS = 1000
 
 
 def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Return the given objects and containers, and those inside them, each with a copy of its contents."""
+    """Return the objects and containers in ``values``, and those inside them, each with a copy of its contents."""
     found: dict[int, tuple[Any, Any]] = {}
     waiting = list(values)
     while waiting and len(found) < _MOST_OBJECTS:
@@ -197,7 +200,7 @@ def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
     return list(found.values())
 
 
-# Identifies this process, because the numbers of code versions are valid only in one process.
+# Identifies this process, because the indices of code versions are valid only in one process.
 _PROCESS = uuid.uuid4().hex
 
 
@@ -207,11 +210,11 @@ class Snapshot:
     ignored: frozenset[str] = frozenset(_NOT_COMPARED)  # attributes that may be added later
 
     def __init__(self, module: nn.Module, absorbs: bool = True, sizes: Iterable[str] = ()) -> None:
-        """Record the module.
+        """Record the state of ``module``.
 
         Args:
-            module: the module.
-            absorbs: True if an op replaces the torch.nn modules directly inside this one.
+            module: the module to record.
+            absorbs: True if an op replaces the torch.nn modules that are direct children of ``module``.
             sizes: the names of attributes from which a form reads the map's size at every call.
         """
         named = {name: value for name, value in _attributes(module, sizes) if name not in _READ_AT_EVERY_CALL}
@@ -247,7 +250,7 @@ class Snapshot:
             self.leaves = tuple((name, kind, code_version(kind), dim) for name, kind, _, dim in self.leaves)
 
     def differs(self, module: nn.Module) -> str | None:
-        """Return the first change of the module since the snapshot, or None. A call takes about 1 us."""
+        """Describe the first change found in ``module`` since the snapshot, or return None. This takes about 1 us."""
         own = module.__dict__
         cls: Any = type(module)
         if cls is not self.cls and (
@@ -266,7 +269,7 @@ class Snapshot:
                     return f"the contents of an attribute ({type(value).__name__}) were changed"
         except KeyError as missing:
             return f"{missing.args[0]} was removed"
-        except Exception:  # == failed to compare values, which counts as a change
+        except Exception:  # == raised an error, which counts as a change
             return self._changed(own)
         if _missing_parameters(module) != self.missing:
             return "a parameter was set to None, or a parameter that was None was set"
@@ -293,7 +296,7 @@ class Snapshot:
         return f"{name} was changed"
 
     def _differs_when_compiled(self, module: nn.Module) -> str | None:
-        """Compare as :meth:`differs` does, in compiled code, where dynamo guards on every value that is read."""
+        """Do the work of :meth:`differs` in compiled code with fewer comparisons: dynamo guards on every value read."""
         for name, value in zip(self.names, self.values, strict=True):
             if isinstance(value, (bool, int, float, str)) and getattr(module, name) != value:
                 return f"{name} was changed"
@@ -324,7 +327,7 @@ def _has_values(name: str, buffer: Tensor) -> bool:
 
 @functools.cache
 def _names_read(cls: type, version: int) -> frozenset[str]:
-    """Return all names used in the code of a class's methods, and the names of the class's attributes."""
+    """Return all names used in the code of the methods of ``cls``, and the names of its attributes."""
     names: set[str] = set()
     codes = [f.__code__ for c in _own_classes(cls) for f in vars(c).values() if isinstance(f, types.FunctionType)]
     while codes:
@@ -338,12 +341,12 @@ def _names_read(cls: type, version: int) -> frozenset[str]:
 
 @functools.cache
 def _recorded(cls: Any) -> frozenset[str]:
-    """Return the names in ``_SIZES`` that methods of a class other than ``__init__`` assign."""
+    """Return the names in ``_SIZES`` to which methods of ``cls`` other than ``__init__`` assign."""
     found = [i for f in _functions(cls) if f.__name__ != "__init__" for i in dis.get_instructions(f)]
     return frozenset(i.argval for i in found if i.opname == "STORE_ATTR" and i.argval in _SIZES)
 
 
-# State that remains after a forward
+# State that a forward leaves behind
 
 
 def _functions(cls: type) -> Iterator[types.FunctionType]:
@@ -374,7 +377,7 @@ def largest_number(module: nn.Module, most: int, channels: int) -> int:
             found += [v for name in function.__code__.co_names if type(v := function.__globals__.get(name)) is int]
         while codes:
             code = codes.pop()
-            for value in code.co_consts:  # the container in a test such as x in (1, 2)
+            for value in code.co_consts:  # a constant may be a container, as in the test x in (1, 2)
                 found += [v for v in (value if isinstance(value, (tuple, frozenset)) else (value,)) if type(v) is int]
             codes += [v for v in code.co_consts if isinstance(v, types.CodeType)]
     return max(n for n in found if n <= most)
@@ -409,7 +412,7 @@ def put_back(states: list[tuple[Any, Any]]) -> None:
 
 
 def _is_same(contents: dict[Any, Any], held: dict[Any, Any]) -> bool:
-    """Return True if a dict contains the same objects in the same order as another."""
+    """Return True if two dicts contain the same objects in the same order."""
     items = list(dict.items(contents))
     return len(items) == len(held) and all(
         a is b and v is w for (a, v), (b, w) in zip(items, held.items(), strict=True)

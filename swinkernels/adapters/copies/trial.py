@@ -29,11 +29,11 @@ from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back,
 _TOLERANCE = 1e-6  # relative to the largest element; 1e-6 because constants in a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify rounding errors
 _LARGE_SCORE = 75.0
-# dtype -> the largest difference that counts as rounding: its root mean square relative to that of the output. The
-# values are about five times the largest differences measured for the forms of this package.
+# dtype -> the largest difference that counts as rounding: its root mean square divided by the output's. These are about
+# five times the largest differences measured for the forms of this package.
 _ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 _MANY_IMAGES = 16
-# Tensors that keep their values in a trial, because forms read them or because every instance's values are checked.
+# Tensors that keep their values in a trial, because a form depends on the values or checks them in every instance.
 _KNOWN_TENSORS = ("attn_mask", "relative_coords_table")
 MOST_SCORES = 1_500_000  # a backward pass with this number of scores takes a tenth of a second
 
@@ -51,8 +51,8 @@ class Case:
 class Width:
     """The channels and heads of a module and of its narrow copy.
 
-    Sizes that are one to four times the channels are scaled like the channels. If the copy then fails on its input, the
-    trial uses the module at full width.
+    Sizes that are one to four times the channels are scaled like the channels. If the narrow copy's forward then raises
+    an error, the trial uses the module at full width.
     """
 
     channels: int
@@ -68,7 +68,7 @@ class Width:
         return self.to_channels // self.to_heads if size == self.channels // self.heads else size
 
     def of_tensor(self, path: str, name: str, given: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape in the narrow copy of a parameter or buffer that has the shape ``given`` in the module."""
+        """Return the narrow copy's shape of a parameter or buffer whose shape in the module is ``given``."""
         shape = tuple(map(self._to, given))
         if name == "relative_position_bias_table" and given[-1] == self.heads:
             shape = *shape[:-1], self.to_heads
@@ -119,7 +119,7 @@ class NotCovered(Exception):
 
 
 class _Refused(Exception):
-    """Raised if the module's own forward raises an error, which the message quotes."""
+    """Raised if the module's own forward raises an error; the message quotes that error."""
 
 
 class _Different(Exception):
@@ -128,10 +128,10 @@ class _Different(Exception):
 
 @dataclass
 class Trial:
-    """Compares a module with the accelerated class that should give the same results."""
+    """Compares a module with its accelerated twin, which should give the same results."""
 
     module: Any
-    # Changes the class of a copy so that it uses ops.
+    # Swaps the class of a copy for the accelerated one.
     swap_class: Callable[[nn.Module], None]
     # Calls the forward of a copy on an input, with the further arguments that the forward requires.
     call: Callable[[nn.Module, Tensor], Any]
@@ -158,12 +158,12 @@ class Trial:
     _left: dict[str, Any] = field(default_factory=dict)
 
     def run(self, cases: list[Case] | Callable[[Any], list[Case]]) -> tuple[frozenset[str], str]:
-        """Return the kinds of inputs with equal results, and the first difference or other reason for a failure, or "".
+        """Return the kinds of inputs that gave equal results, and the first difference or error, or "".
 
-        An input on which the module's own forward raises an error does not count.
+        Inputs on which the module's own forward raises an error are ignored, unless there are no others.
 
         Args:
-            cases: the inputs, or a function from the copied module to the inputs.
+            cases: the inputs, or a function that returns them for a copy of the module.
         """
         with _undisturbed():
             try:
@@ -207,7 +207,7 @@ class Trial:
         return frozenset(passed - failed), why or ("" if passed else refused)
 
     def copy(self) -> Any:
-        """Copy the module with random parameters and without hooks; make the copy narrow if ``width`` is set."""
+        """Return a copy of the module with random parameters and without hooks; if ``width`` is set, a narrow copy."""
         # Parameters are replaced instead of copied: the memo maps each of them to a new tensor.
         memo: dict[int, Any] = {} if self.stand_in is None else {id(self.module._modules["mlp"]): self.stand_in}
         left_out = set() if self.stand_in is None else set(self.module.mlp.modules())
@@ -236,8 +236,8 @@ class Trial:
         module: Any
         for module in plain.modules():
             for name, p in module.named_parameters(recurse=False):
-                # Uniform numbers with unit variance. Normal numbers would take three times as long to draw, which would
-                # dominate the trial of a wide module.
+                # Uniform random numbers with unit variance. Normal ones would take three times as long to generate,
+                # which would dominate the trial of a wide module.
                 p.data.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
                 if name == "logit_scale":
                     p.data.mul_(0.3).add_(2.0)
@@ -245,7 +245,7 @@ class Trial:
                     p.data.mul_(1.5 * p.shape[1] ** -0.5)
                 elif "norm" in type(module).__name__.lower() and name == "weight":
                     p.data.mul_(0.2).add_(1.0)
-            # Buffers and other tensors that a forward may read, such as an offset that is 0 in this instance.
+            # Also randomise buffers and other tensors that a forward may read, such as an offset whose value is 0.
             for name, t in (*module._buffers.items(), *module.__dict__.items()):
                 if isinstance(t, Tensor) and t.is_floating_point() and name not in _KNOWN_TENSORS:
                     t.data.uniform_(0.5, 1.5, generator=generator)
@@ -267,7 +267,7 @@ class Trial:
             return self._result(module, x)
 
     def _result(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the result of a call, and record in ``_left`` the state after the call."""
+        """Return the output of ``module`` for ``x``, and store the state after the call in ``_left``."""
         try:
             out = self.call(module, x)
         finally:
@@ -348,7 +348,7 @@ class Trial:
                 raise _Different(f"{what} ({got.dtype}, {tuple(got.shape)})")
             error, norm = (got.double() - expected.double()).norm().item(), expected.double().norm().item()
             if not error <= tolerance * norm:  # NaN differs
-                raise _Different(f"{what} (by {error / max(norm, 1e-300):.2g} in root mean square)")
+                raise _Different(f"{what} (relative error {error / max(norm, 1e-300):.2g} in root mean square)")
 
     def _compare_largest_scale(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
         """Compare the modules with ``logit_scale`` so large that v2 clamps it."""
@@ -360,7 +360,7 @@ class Trial:
         _check("another output at the largest scale", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
     def _compare_dropouts(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """For each dropout, compare the modules with the probability of this dropout set to 1."""
+        """Compare the modules with one dropout probability at a time set to 1."""
         for number, (of, name) in enumerate(_dropouts(plain)):
             results = []
             for module in (plain, fast):
@@ -378,10 +378,10 @@ class Trial:
             _check(f"another output with {type(of).__name__}.{name} of 1", *reversed(results), tolerance=self.tolerance)
 
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare the modules where the value of the mask matters: with scores of about -75 and 75."""
+        """Compare the modules with scores of about -75 and 75, for which the mask value matters."""
         # With these scores tokens attend across a mask of -100, but not across one of -1000. The halves of the map have
-        # opposite signs, so a window at the seam contains both. Keys are minus the queries, so a token's score is low
-        # in its own region and high in the other.
+        # opposite signs, so a window at the seam contains both. Keys are the negated queries, so a token's scores are
+        # low in its own region and high in the other.
         sign = torch.ones((), dtype=torch.float64)
         for length in x.shape[1:-1]:
             sign = sign[..., None] * torch.where(torch.arange(length) < length // 2, 1.0, -1.0).double()
@@ -402,9 +402,9 @@ REFUSED = "refused a trial"  # occurs in the reason that Trial.run returns if th
 class Verdicts:
     """Caches the results of trials.
 
-    Each module gets a thorough trial on a narrow copy and a short trial at its own width. The result of the thorough
-    trial is shared by modules of all widths. If there is no narrow copy, or if it fails on its input, the thorough
-    trial runs at the module's own width.
+    A thorough trial runs on a narrow copy of the module, and a short trial at the module's own width. Modules of all
+    widths share the result of the thorough trial. If there is no narrow copy, or if its forward raises an error, the
+    thorough trial runs at the module's own width.
     """
 
     def __init__(self) -> None:
@@ -414,14 +414,14 @@ class Verdicts:
     def why_not(
         self, module: nn.Module, others: tuple[Any, ...], width: Width | None, make: Callable[..., Trial], attempt: Any
     ) -> str | None:
-        """Return the difference that the trials of a module find, or None.
+        """Return the reason why a trial of ``module`` failed, or None if its trials passed.
 
         Args:
-            module: the module.
+            module: the module to try.
             others: all other values on which the result depends.
             width: the width of the narrow copy, or None for no narrow copy.
             make: (**options) -> a trial of the module.
-            attempt: (trial) -> the difference that this trial finds, or None.
+            attempt: runs a trial and returns the reason why it failed, or None if it passed.
         """
         key = *others, signature_of(module)
         if key not in self.at_own_width:
@@ -444,7 +444,7 @@ class Verdicts:
 
 
 def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the module and the attribute's name for each dropout probability in a module and its submodules."""
+    """Return (submodule, attribute name) for each dropout probability in ``module`` and its submodules."""
     found: list[tuple[nn.Module, str]] = []
     for m in module.modules():
         names = [n for n, v in m.__dict__.items() if type(v) is float and "drop" in n and n != "drop_prob"]
@@ -453,12 +453,12 @@ def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def twin(module: nn.Module) -> Any:
-    """Copy a module; the copy shares the module's parameters."""
+    """Return a copy of ``module`` that shares its parameters."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
-    """Copy a module, with its floating-point parameters and buffers converted to ``dtype``."""
+    """Return a copy of ``module`` whose floating-point parameters and buffers are converted to ``dtype``."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype)) for p in module.parameters()}
     memo |= {id(b): b.to(dtype) for b in module.buffers() if b.is_floating_point()}
     return copy.deepcopy(module, memo)
@@ -487,7 +487,7 @@ def _check(what: str, got: Tensor, expected: Tensor, *, floor: float = 0.0, tole
         raise _Different(f"{what} ({tuple(got.shape)}, not {tuple(expected.shape)})")
     error, largest = (got - expected).abs().max().item(), expected.abs().max().item()
     if not error <= tolerance * largest + floor:  # NaN differs
-        raise _Different(f"{what} (by {error / max(largest, 1e-300):.2g} of the largest element)")
+        raise _Different(f"{what} (error {error / max(largest, 1e-300):.2g}, relative to the largest element)")
 
 
 _QUIET_FOR = 2.0  # seconds
@@ -496,7 +496,7 @@ _SPOKE_AT = [0.0]
 
 @contextlib.contextmanager
 def told_after_seconds() -> Iterator[None]:
-    """Print a notice if trials take longer than two seconds, and again every two seconds."""
+    """While the context is active, let trials print a notice, at most every two seconds."""
     _SPOKE_AT[0] = time.monotonic()
     try:
         yield
@@ -546,7 +546,7 @@ def _short(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Enable gradients, disable autocast, put new tensors on the CPU, and restore the random number generators."""
+    """Enable gradients, disable autocast, create tensors on the CPU; restore the random number generators at exit."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:

@@ -1,1 +1,1 @@
-"""Forms of modules unlike Microsoft's block: functions that compute a forward with the op, tested before use."""
+"""Forms of modules unlike Microsoft's block: functions that compute a forward with the op, used only after a trial."""

@@ -19,15 +19,19 @@ def decomposed_attention(
     scale: float | None,
     dropout_p: float = 0.0,
 ) -> Tensor | str:
-    """Return the attention before the projection, (B, H, W, C), or the reason why the module must run its own code.
+    """Return the attention output before the projection, or the reason why the module must run its own code.
+
+    The output has the shape (B, H, W, C).
 
     Args:
-        attn: the module that has qkv and, if ``uses_tables``, the tables rel_pos_h and rel_pos_w.
+        attn: the module with the layer qkv and, if ``uses_tables``, the tables rel_pos_h and rel_pos_w.
         attend: as in ``Form.forward``.
         x: the map after the norm, (B, H, W, C).
         window: the side of a window, or 0 for the whole map.
-        num_heads, uses_tables, dropout_p: the module's heads, its use of tables, and its dropout probability.
+        num_heads: the number of heads.
+        uses_tables: True if the module has a bias of decomposed relative positions.
         scale: the module's scale, or None (for head_dim ** -0.5) if the module's code reads no scale.
+        dropout_p: the dropout probability of the attention weights.
     """
     if x.dim() != 4:
         return f"x has {x.dim()} axes"
@@ -51,7 +55,7 @@ def decomposed_attention(
 
 
 def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...], ...]:
-    """Return the sizes of maps to try: one with pads and one without, or the only size that fits the tables."""
+    """Return the map sizes for a trial: one that needs padding and one that does not, or one that fits the tables."""
     channels = attn.qkv.in_features
     if window > 0:
         return (window + 1, 2 * window + 1, channels), (2 * window, window, channels)
@@ -61,7 +65,7 @@ def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...]
 
 
 def small_tables(name: str, window: int, attn: Any, uses_tables: bool) -> dict[str, tuple[int, ...]]:
-    """For attention over a whole map, return table shapes for a smaller map, of at most 7 x 6 tokens.
+    """Return the tables' shapes for a map of at most 7 x 6 tokens; empty if the module has windows or no tables.
 
     Args:
         name: the name of the module with the tables.

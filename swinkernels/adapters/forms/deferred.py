@@ -23,12 +23,12 @@ def deferred(
 ) -> Tensor:
     """Return the result of ``compute``, but call it only when an operation first reads the result.
 
-    ``compute`` then runs in the modes of this call (gradients, autocast, inference). It runs immediately under a
-    compiler, which removes unread results itself; under transforms; and while a CUDA graph is captured, because the
-    graph's replays could not compute the result later.
+    ``compute`` then runs in the modes (gradients, autocast, inference) of the call to ``deferred``. It runs immediately
+    under a compiler, which removes unread results itself; under transforms; and while a CUDA graph is captured, because
+    the graph's replays could not compute the result later.
 
     Args:
-        compute: returns a tensor, with gradients for its arguments, the tensors in ``read``.
+        compute: a differentiable function of the tensors in ``read`` that returns a tensor.
         shape, dtype: shape and dtype of that tensor.
         read: the arguments of ``compute``; the first one is on the result's device. No other code may change them.
     """
@@ -42,7 +42,7 @@ def deferred(
 
 
 def _is_traced(tensors: Sequence[Any]) -> bool:
-    """Return True under a compiler, an exporter or a transform, or for tensor subclasses."""
+    """Return True under a compiler, an exporter or a transform, or if ``tensors`` contains a subclass of Tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -92,10 +92,10 @@ class _Deferred(Tensor):
 
 
 class _Linked(torch.autograd.Function):
-    """Makes a deferred tensor that passes its gradient on to the arguments of ``compute``.
+    """Creates a deferred tensor that passes its gradient on to the arguments of ``compute``.
 
-    This also works if code receives the deferred tensor itself and not its computed values: custom autograd functions
-    do, and the backward pass of reentrant checkpointing does.
+    This also works in code that receives the deferred tensor itself instead of its computed values, such as custom
+    autograd functions and the backward pass of reentrant checkpointing.
     """
 
     @staticmethod
@@ -126,7 +126,7 @@ class _Attached(torch.autograd.Function):
 
 
 def _value_of(x: _Deferred) -> Tensor:
-    """Return the computed tensor."""
+    """Return the values of ``x``, computed at the first call."""
     with x._lock:  # several threads may read x
         if x._value is None:
             # A transform, a compiler or an exporter that is active here must not leave its own tensors in x.
@@ -138,7 +138,8 @@ def _value_of(x: _Deferred) -> Tensor:
                 x._value = x._source.value(x._source.read)
             del x._source
     with torch._C.DisableTorchFunctionSubclass():
-        # A custom autograd function, such as reentrant checkpointing, made x without gradients and returned it.
+        # x requires a gradient but its values do not if a custom autograd function, such as reentrant checkpointing,
+        # created x with gradients disabled and returned it.
         is_attached = x._value.requires_grad or not x.requires_grad
         return x._value if is_attached or not torch.is_grad_enabled() else _Attached.apply(x, x._value)
 

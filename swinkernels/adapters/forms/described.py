@@ -1,7 +1,7 @@
-"""Computes modules that have a form (:class:`Form`) with window attention ops.
+"""Accelerated classes of modules that have a form (:class:`Form`).
 
-One accelerated class is made per class and form, and is pickled as that pair. Its method runs the form's forward, or
-the module's own code if the form requires that or if the module has changed since its trial.
+An accelerated class is created for each pair of original class and form, and is pickled as that pair. Its method runs
+the form's forward, or the module's own code if the form requires that or if the module has changed since its trial.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from swinkernels.window_spec import WindowSpec
 class Described(DynamicSubclass):
     """A module that runs its form's forward, which calls window attention ops.
 
-    The module's own code runs if it gets arguments that the form does not have, if there are hooks on modules that the
-    op replaces, while the code is traced, and after any change since the trial.
+    The module's own code runs if a call has arguments that the form does not have, if there are hooks on modules that
+    the op replaces, while the code is traced, and if the module has changed since the trial.
     """
 
     _swinkernels_form: Form
@@ -101,8 +101,9 @@ class Described(DynamicSubclass):
 
 @functools.cache
 def _parameters(form: Form) -> tuple[frozenset[str], int, bool]:
-    """Return the names of a form's arguments after module and attend, the number of positional ones, and True if the
-    form accepts any keyword.
+    """Describe the arguments of ``form.forward`` that follow ``module`` and ``attend``.
+
+    Return their names, the largest number of positional ones, and True if any keyword is accepted.
     """
     parameters = list(inspect.signature(form.forward).parameters.values())[2:]
     named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
@@ -142,7 +143,7 @@ def _shapes(module: Any) -> dict[str, tuple[dict[str, torch.Size], bool]]:
 def _unfit(module: Any) -> str | None:
     """Return the reason why the op does not accept a value that the form reads at every call, or None.
 
-    Such values are the scale, and parameters whose new shape the module's own code may broadcast.
+    These values are the scale and the shapes of parameters. The module's own code may be able to broadcast a new shape.
     """
     for path, (shapes, has_scale) in module._swinkernels_shapes.items():
         m, prefix = inside(module, path), f"{path}." if path else ""
@@ -159,7 +160,7 @@ def _unfit(module: Any) -> str | None:
 
 
 def _hooked(module: Any) -> str | None:
-    """Return a description of a hook that the form would not run, or None."""
+    """Describe a hook that the form would not run, or return None if there is none."""
     for path in module._swinkernels_snapshots:
         m = inside(module, path)
         if m is None:
@@ -174,7 +175,7 @@ def _hooked(module: Any) -> str | None:
 
 
 def _geometry(maps: tuple[Tensor, ...], num_heads: int) -> tuple[tuple[int, ...], int]:
-    """Return the map's size and head_dim."""
+    """Return the map's size and head_dim from the tensors passed to the op, qkv or (q, k, v)."""
     x = maps[0]
     if len(maps) > 1:
         return tuple(x.shape[1:-2]), x.shape[-1]
@@ -194,7 +195,7 @@ _SPECS: dict[tuple[Any, ...], tuple[tuple[WindowSpec, int], ...]] = {}
 class _Calls(list[tuple[WindowSpec, int, int]]):
     """Lists the op's calls, each as its spec, head_dim and number of scores. Copies of a module share the list."""
 
-    # True if the calls return zeros, so that an input of any size costs little.
+    # True if the calls return zeros, so that inputs of any size are cheap.
     are_dry = False
 
     def __deepcopy__(self, memo: Any) -> _Calls:
@@ -268,13 +269,15 @@ def _why_not_by_trial(form: Form, module: nn.Module) -> str | None:
     return reason
 
 
-_BATCH = 2  # a wrong stride between images cannot be seen with one image
-_MOST_TOKENS = 20_000  # the most tokens of a map in a trial
+_BATCH = 2  # images in a trial; with one image, a wrong stride between images would go unnoticed
+_MOST_TOKENS = 20_000  # a larger number in a module's code is not taken for a number of tokens
 
 
 def _sizes(form: Form, module: Any) -> list[tuple[int, ...]]:
-    """Return the form's sizes and, for a class recognised by its attributes, a size with more tokens than any number
-    with which the module's code may compare the number of tokens.
+    """Return the form's sizes. For a form that recognises modules by their attributes, a large size may follow.
+
+    The large size has more tokens than any number, up to ``_MOST_TOKENS``, with which the module's code may compare
+    the number of tokens.
     """
     sizes = list(form.sizes(module))
     if isinstance(form.of, type):
@@ -292,7 +295,7 @@ def _cases(form: Form, is_short: bool, module: nn.Module) -> list[Case]:
     sizes = _sizes(form, module)
     try:
         scores = [sum(n for *_, n in calls) for calls in _dry_calls(form, module, sizes)]
-    except Exception:  # the code may need values; a trial describes other errors better
+    except Exception:  # the code may need values; the trial reports other errors
         scores = [math.prod(size) for size in sizes]
     images = [1 if is_short or _BATCH * n > MOST_SCORES else _BATCH for n in scores]
     cases = [Case((b, *size), f"{size}", b * n) for size, b, n in zip(sizes, images, scores, strict=True)]
@@ -314,7 +317,10 @@ def _attempt(form: Form, calls: _Calls, trial: Trial) -> str | None:
 
 
 def _why_not_tried(form: Form, module: nn.Module) -> str | None:
-    """Return a reason to skip a module that must not become part of a trial's cached verdict, or None."""
+    """Return a reason to skip ``module`` without a trial, or None.
+
+    These reasons are not part of a trial, because its verdict is cached for all equal modules.
+    """
     if all_modules_have_hooks():
         return "a global module hook is registered"
     cls: Any = original_class(module)
@@ -354,7 +360,7 @@ def _hooked_before(form: Form, module: nn.Module) -> str | None:
 
 
 def _part_reasons(form: Form, module: Any, backend: str, training: bool) -> list[str]:
-    """List the reasons why a backend cannot run the op's calls."""
+    """List the reasons why ``backend`` cannot run the module's calls of the op."""
     weight, specs = first_weight(module), _SPECS.get((form, signature_of(module)), ())
     drops = [m.p for name, m in module.named_modules() if isinstance(m, nn.Dropout) and name.endswith("attn_drop")]
     p = max(drops, default=0.0) if training else 0.0

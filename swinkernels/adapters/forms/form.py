@@ -33,8 +33,8 @@ class Form:
     # module must run its own code. ``attend(qkv, **arguments)`` and ``attend(q, k, v, **arguments)`` are the two window
     # attention ops on the backend given to accelerate.
     forward: Callable[..., Any]
-    # Returns the sizes of the inputs for a trial, (*S, C) each, with the tokens per axis S and the channels C. If the
-    # module supports them, they should include maps with pads, with a shift, and smaller than a window.
+    # Returns the sizes of the inputs for a trial, (*S, C) each, with the tokens per axis S and the channels C. They
+    # should include every kind that the module supports: maps with padding, with a shift, and smaller than a window.
     sizes: Callable[[Any], Sequence[tuple[int, ...]]]
     # The name of the method that ``forward`` replaces.
     method: str = "forward"
@@ -55,7 +55,7 @@ class Form:
         _KNOWN[self.name] = self
 
     def fits(self, module: nn.Module) -> bool:
-        """Return True if the form describes a module."""
+        """Return True if the form describes ``module``."""
         if isinstance(module, torch.jit.ScriptModule):
             return False
         return isinstance(module, self.of) if isinstance(self.of, type) else self.of(module)
@@ -68,9 +68,9 @@ class Form:
 
 
 def named(name: str) -> Form:
-    """Return the form with a name, for unpickling. An imported library or the user must have registered the form."""
+    """Return the form called ``name``, for unpickling. The user or an imported library must have registered it."""
     if name not in _KNOWN:
-        from swinkernels.adapters.adapter import loaded_adapters  # not at import: a cycle
+        from swinkernels.adapters.adapter import loaded_adapters  # here, to avoid an import cycle
 
         loaded_adapters()
     if name not in _KNOWN:

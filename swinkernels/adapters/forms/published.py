@@ -3,9 +3,10 @@
 The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. Those of SCUNet and Swin-MAE roll
 and mask maps of whole windows; SCUNet's mask is -inf. FDAT's attention has a dense bias. ResShift's blocks have
 channels first. Segment Anything's blocks have decomposed relative positions. EsViT's blocks return attention weights,
-which the stage discards. In HTSAT and laion-clap the stage returns the mean of the weights. Uformer has separate layers
-for queries and for keys and values, and in VRT the two frames of a window also attend to each other. nnFormer's stages
-make the mask, number the offsets of tokens in another order, and compute queries from a second input in the decoder.
+which the stage discards. In HTSAT and laion-clap the stage returns the mean attention weights of its blocks. Uformer
+has separate layers for queries and for keys and values, and in VRT the two frames of a window also attend to each
+other. nnFormer's stages compute the mask, order the rows of the bias table differently, and in the decoder compute the
+queries from a second input.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
 Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
@@ -282,16 +283,16 @@ def _why_not_htsat(stage: Any, x: Tensor, size: tuple[int, ...]) -> str | None:
 
 
 def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
-    """Return the stage's result and attention weights: the mean over its blocks or, in training, the last block's.
+    """Return the stage's output and attention weights: the mean over its blocks or, in training, the last block's.
 
-    No model reads the weights of all stages, so they are computed when they are first read. With dropout they are
-    computed at once, because the op could not draw the same random numbers later.
+    No model reads the attention weights of all stages, so they are computed only when first read. With dropout they are
+    computed immediately, because the op could not draw the same random numbers later.
     """
     blocks, size = list(stage.blocks), tuple(stage.blocks[0].input_resolution)
     reason = _why_not_htsat(stage, x, size)
     if reason is not None:
         return reason
-    dtype = x.dtype if autocast_dtype(x) is None else torch.float32  # of a softmax
+    dtype = x.dtype if autocast_dtype(x) is None else torch.float32  # autocast runs softmax in float32
 
     drops = any(dropout_at_call(block.attn) > 0.0 for block in blocks)
     returned = slice(-1, None) if stage.training else slice(None)
@@ -315,7 +316,7 @@ def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
     settings = [arguments for *_, arguments in taken]
 
     def compute(*read: Tensor) -> Tensor:
-        op = op_on("torch")  # kernels do not return weights
+        op = op_on("torch")  # kernels do not return attention weights
         found = [
             op(qkv, bias_table=table, **arguments, return_attention=True)[1].flatten(0, 1).to(dtype)
             for qkv, table, arguments in zip(read[::2], read[1::2], settings, strict=True)
@@ -372,11 +373,11 @@ RESSHIFT = Form(
 )
 
 
-# Attention on windows that the block has already cut. Each window becomes a row of the op's map.
+# Attention modules whose input the block has partitioned into windows. Each window becomes a row of the op's map.
 
 
 def _rows(x: Tensor, mask: Any) -> Any:
-    """Return the number of windows in the mask (1 without a mask), or the reason why the op rejects the windows."""
+    """Return the number of windows in ``mask`` (1 for None), or the reason why the op rejects ``x`` or ``mask``."""
     n = x.shape[1]
     if x.dim() != 3 or n > _MOST_TOKENS:
         return f"x is {tuple(x.shape)}"
@@ -406,7 +407,10 @@ def _bias_of(attn: Any, n: int) -> Tensor:
 
 
 def _with_masks(call: Callable[[Tensor, Tensor | None], Tensor], x: Tensor) -> Tensor:
-    """Call the module on windows (images, windows, N, C), once with a mask and once without one."""
+    """Return the concatenated outputs of ``call(windows, mask)`` with a mask and with None.
+
+    ``x`` contains the windows as (images, windows, N, C).
+    """
     n = x.shape[2]
     mask = torch.zeros(x.shape[1], n, n, dtype=x.dtype, device=x.device)
     mask[-1, : n // 2, n // 2 :] = mask[-1, n // 2 :, : n // 2] = -100.0
@@ -419,7 +423,10 @@ def _call_with_masks(attn: Any, x: Tensor) -> Tensor:
 
 
 def _attend_windows(attn: Any, attend: Any, qkv: tuple[Tensor, ...], rows: int, mask: Tensor | None) -> Tensor:
-    """Call the op on windows (B * rows, N, num_heads, head_dim) as a map of B images with ``rows`` rows of N tokens."""
+    """Call the op on the windows (B * rows, N, num_heads, head_dim) in ``qkv``, as B maps of ``rows`` rows of N tokens.
+
+    ``qkv`` is the tuple (q, k, v).
+    """
     n = qkv[0].shape[1]
     return attend(
         *(t.reshape(-1, rows, n, *t.shape[-2:]) for t in qkv),
@@ -525,7 +532,7 @@ VRT = Form(
 )
 
 
-# Stages of volumes. Their bias tables number the offsets in an order that is not row-major. The stages of
+# Stages of volumes. The rows of their bias tables are not in row-major order of the offsets. The stages of
 # nnFormer_acdc.py have no mask and other windows, so only their attention modules use the op.
 
 
@@ -543,9 +550,9 @@ def _is_nnformer(module: nn.Module, *names: str) -> bool:
 
 
 def _row_major(table: Tensor, index: Tensor, window: Sequence[int]) -> Tensor:
-    """Return the bias table with its rows in the op's order, given the index (N, N) with which the module reads it.
+    """Return the bias table with its rows in row-major order of the offsets, which the op expects.
 
-    The position of each row is read from the index at one pair of tokens with the row's offset.
+    ``index`` (N, N) is the module's index into ``table``. It is read at one pair of tokens per offset.
     """
     query, key = [], []
     for axis, w in enumerate(window):
@@ -558,10 +565,10 @@ def _row_major(table: Tensor, index: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def _nnformer_blocks(stage: Any, attend: Any, x: Tensor, size: tuple[int, ...], maps: Any = None) -> Any:
-    """Return the result of the stage's blocks, or the reason why the stage must run its own code.
+    """Return the output of the stage's blocks, or the reason why the stage must run its own code.
 
     Args:
-        stage, attend: the arguments of the form.
+        stage, attend: as in ``Form.forward``.
         x: the sequence (B, L, C) of a volume of ``size``.
         maps: two sequences or None. If given, the first block computes keys and values from the first sequence, and
             queries from the second.
@@ -614,7 +621,7 @@ def _nnformer_decoder(stage: Any, attend: Any, x: Tensor, skip: Tensor, *size: i
 
 
 def _call_nnformer(stage: Any, x: Tensor) -> Tensor:
-    """Call the stage on a volume of any size; a decoder also gets every second token, as the smaller volume."""
+    """Call the stage on the volume ``x`` of any size. For a decoder, every second token forms the smaller volume."""
     size = tuple(x.shape[1:4])
     for block in stage.blocks:
         block.input_resolution = size

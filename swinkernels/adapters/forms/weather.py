@@ -26,7 +26,7 @@ _MOST_TOKENS = 1024
 
 
 def _pads(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """Return the number of pad tokens before the map on each axis: half of all pad tokens on the axis, rounded down."""
+    """Return the number of pad tokens before the map on each axis: half of those on the axis, rounded down."""
     return tuple(-s % w // 2 for s, w in zip(size, window, strict=True))
 
 
@@ -100,7 +100,7 @@ def _is_aurora(module: nn.Module) -> bool:
 def _regions(
     size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], wraps: bool, device: torch.device
 ) -> Tensor:
-    """Return the region number of every token of the padded map after the shift.
+    """Return the region of each token of the shifted and padded map, as an integer.
 
     If the map wraps at the date line, the regions on both sides of it are one region. All pad tokens form another
     region.
@@ -131,8 +131,8 @@ def _aurora(block: Any, attend: Any, x: Tensor, c: Tensor, res: Any, rollout_ste
     x_map = x.unflatten(1, size)
     pad_qkv = None
     if any(n % w for n, w in zip(size, window, strict=True)):
-        # Computed by the layers, because a trial does not detect other pad tokens: the mask hides them unless scores
-        # are large.
+        # q, k and v of pad tokens are computed by the layers, because a trial would not detect wrong values: the mask
+        # hides them unless scores are large.
         zero = x.new_zeros(1, x.shape[-1])
         pad_qkv = (attn.qkv(zero) + attn.lora_qkv(zero, rollout_step))[0]
     y = attend(
@@ -152,7 +152,7 @@ def _aurora(block: Any, attend: Any, x: Tensor, c: Tensor, res: Any, rollout_ste
 
 
 def _call_aurora(block: Any, x: Tensor) -> Tensor:
-    """Call the block twice: with a map that wraps at the date line, and with one that does not."""
+    """Call the block on a map that wraps at the date line and on one that does not; concatenate the outputs."""
     size = tuple(x.shape[1:4])
     c = x.flatten(1)[:, : block.norm1.ln_modulation[1].in_features]
     forward = type(block).forward

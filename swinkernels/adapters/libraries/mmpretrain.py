@@ -1,9 +1,9 @@
 """Runs mmpretrain's Swin Transformers, v1 and v2, with this package's ops: attention, blocks and patch merging.
 
-ShiftWindowMSA pads the map, rolls it, cuts it into windows, runs WindowMSA or WindowMSAV2 inside them and undoes all of
-this. Linear layers process each token separately, so QKV and the projection run on the map in image order, and the op
-addresses the windows. A pad token is a row of zeros, so its q, k and v are the bias of the QKV layer. If the shorter
-side of the map equals the window, there is no shift on either axis, unless pad_small_map is set.
+ShiftWindowMSA pads the map, rolls it, partitions it into windows, runs WindowMSA or WindowMSAV2 inside them and undoes
+all of this. Linear layers process each token separately, so QKV and the projection run on the map in image order, and
+the op addresses the windows. A pad token is a row of zeros, so its q, k and v are the bias of the QKV layer. If the
+shorter side of the map equals the window, there is no shift on either axis, unless pad_small_map is set.
 
 Residual connections, norms and patch merging are also computed by ops. mmcv's patch merging orders channels as
 torch.nn.Unfold does. ShiftWindowMSA includes the drop path of a block's attention half.
@@ -78,7 +78,7 @@ linear_layers.know_linear(Linear)
 
 
 def _why_not_attention(attn: Any) -> str | None:
-    """Return the reason why mmpretrain's own code must run this attention now, or None."""
+    """Return the reason why mmpretrain's own code currently has to run ``attn``, or None."""
     w_msa = child(attn, "w_msa")
     reason = replaced_method(attn, ShiftWindowMSA)
     if reason is not None:
@@ -112,13 +112,13 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Return the op's arguments for bias, scale and geometry, given the size of the map."""
+    """Return the op's arguments for bias, scale and geometry for a map of ``height`` x ``width``."""
     w_msa = child(attn, "w_msa")
     return {"bias_table": bias_table(w_msa), **score_factor(w_msa), **_geometry(attn, height, width)}
 
 
 def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Return the op's arguments for heads, windows and mask, given the size of the map."""
+    """Return the op's arguments for heads, windows and mask for a map of ``height`` x ``width``."""
     in_one_window = min(height, width) == attn.window_size
     return {
         "num_heads": attn.w_msa.num_heads,
@@ -130,7 +130,7 @@ def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
-    """Return True if mmpretrain accepts a map of this size."""
+    """Return True if mmpretrain's code accepts ``x`` as a map of ``height`` x ``width``."""
     return (
         x.dim() == 3 and x.shape[1] == height * width and (attn.pad_small_map or min(height, width) >= attn.window_size)
     )
@@ -139,9 +139,9 @@ def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
 class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
     """mmpretrain's attention, computed by a window attention op.
 
-    Geometry and parameters are read, and the index of the bias table is checked, at every call. mmpretrain's code runs
-    if a hook is registered on an inner module, a layer is not an nn.Linear, the class of w_msa is unknown, a method was
-    replaced, or the code is traced.
+    Geometry and parameters are read, and the index into the bias table is checked, at every call. mmpretrain's code
+    runs if a hook is registered on an inner module, a layer is not an nn.Linear, the class of w_msa is unknown, a
+    method was replaced, or the code is traced.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -186,7 +186,7 @@ _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1",
 
 
 def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
-    """Return norm1 of a v1 block; under autocast, in QKV's dtype if only the accelerated attention reads the result."""
+    """Return norm1(x) of a v1 block; under autocast, in QKV's input dtype if only accelerated attention reads it."""
     if (
         autocast_dtype(x) is None
         or class_of(attn) is not AcceleratedShiftWindowMSA
@@ -210,7 +210,7 @@ def _ffn(block: Any, z: Tensor, s: Tensor | None = None) -> Tensor:
         and why_not_absorbed("ffn", ffn, FFN, "mmcv's FFN") is None
         and bool(ffn.add_identity) is (s is not None)
         and drops_nothing("ffn.dropout_layer", child(ffn, "dropout_layer"), DropPath)
-        and drops_nothing("ffn.gamma2", child(ffn, "gamma2"), nn.Identity)  # or it is layer scale
+        and drops_nothing("ffn.gamma2", child(ffn, "gamma2"), nn.Identity)  # otherwise gamma2 is a layer scale
     ):
         y = _MLP.fused(ffn, z, s)
         if y is not None:
@@ -259,7 +259,7 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
 
 
 def _why_not_usual(merging: Any) -> str | None:
-    """Return the reason why a patch merging is not an nn.Unfold of 2x2 tokens with a norm, or None."""
+    """Return the reason why ``merging`` is not patch merging of 2x2 tokens by nn.Unfold with a norm, or None."""
     sampler = child(merging, "sampler")
     reason = why_not_absorbed("sampler", sampler, nn.Unfold, "an nn.Unfold")
     if reason is not None:
@@ -282,7 +282,7 @@ _MERGING_V2 = Merging("post", lambda merging: merging.out_channels, lambda axes:
 
 
 def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]] | None:
-    """Merge tokens with the op and return them with the size of their map, or None if the library's code must run."""
+    """Return the tokens merged by the op and the size of their map, or None if the library's own code has to run."""
     if merging._swinkernels_own_code(x) or x.dim() != 3 or not isinstance(input_size, Sequence):
         return None
     height, width = input_size
@@ -310,7 +310,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 def _attention_size(attn: Any) -> tuple[int, int]:
-    """Return a map size for which the map is padded and shifted on both axes. The module stores no map size."""
+    """Return a map size that needs padding and a shift on both axes, because ``attn`` stores no map size."""
     return attn.window_size + 1, attn.window_size + 2
 
 

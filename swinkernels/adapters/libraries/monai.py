@@ -1,13 +1,13 @@
 """Runs MONAI's SwinUNETR and SwinTransformer, 2D and 3D, with this package's ops: blocks, stages and patch merging.
 
-In attention MONAI pads the map, rolls it, cuts it into windows and later undoes all of this. Linear layers process each
-token separately, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token
-is a row of zeros that MONAI inserts after norm1, so its q, k and v are the bias of the QKV layer. On an axis where the
-map is no larger than the window, the window shrinks to the map and is not shifted; the bias table's index still numbers
-the tokens in the whole window.
+For attention, MONAI pads the map, rolls it, partitions it into windows and later undoes all of this. Linear layers
+process each token separately, so QKV and the projection run on the map in image order, and the op addresses the
+windows. A pad token is a row of zeros that MONAI inserts after norm1, so its q, k and v are the bias of the QKV layer.
+On an axis where the map is no larger than the window, the window shrinks to the map and is not shifted; its token t
+(row-major) then uses the bias table's entries of token t of the full window.
 
-MONAI makes the mask of a stage's shifted windows, (num_windows, N, N) in float32, at every call. If all blocks of a
-stage use ops, the stage does not make the mask.
+MONAI computes the mask of a stage's shifted windows, (num_windows, N, N) in float32, at every call. If all blocks of a
+stage use ops, the stage does not compute the mask.
 
 Residual connections, norms and patch merging are also computed by ops.
 
@@ -61,7 +61,7 @@ from swinkernels.reference.patch_merging import neighbours
 watch(SwinTransformerBlock, methods=("forward_part1", "forward_part2"))
 watch(BasicLayer, DropPath, MLPBlock, WindowAttention)
 
-# Passed to a block instead of the mask that compute_mask would make.
+# Passed to a block instead of the mask that compute_mask would return.
 STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MASK"})()
 
 
@@ -69,7 +69,7 @@ STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MAS
 
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
-    """Return the reason why MONAI's own code must run this block's attention now, or None."""
+    """Return the reason why MONAI's own code currently has to run the block's attention, or None."""
     reason = replaced_method(block, SwinTransformerBlock)
     if reason is not None:
         return reason
@@ -97,7 +97,7 @@ def _index(block: Any) -> Tensor | None:
 
 
 def _why_not_window(block: Any, window: tuple[int, ...]) -> str | None:
-    """Return the reason why the op does not accept the block's window, or None. On small maps the window shrinks."""
+    """Return the reason why the op does not accept ``window`` unless a small map shrinks it, or None."""
     reason = why_beyond_limits(0, window)
     return reason if reason is None else f"{reason}; the op runs on maps so small that windows shrink to this limit"
 
@@ -114,7 +114,7 @@ def _attention_arguments(block: SwinTransformerBlock, size: tuple[int, ...]) -> 
 
 
 def _geometry(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
-    """Return the op's arguments that define heads, windows and mask, for a map of this size."""
+    """Return the op's arguments for heads, windows and mask for a map of ``size``."""
     window, shift = get_window_size(size, block.window_size, block.shift_size)
     return {
         "num_heads": block.attn.num_heads,
@@ -131,13 +131,13 @@ def _dropout_p(block: SwinTransformerBlock) -> float:
 
 def _dropout_is_on(block: SwinTransformerBlock) -> bool:
     attn = block.attn
-    # Without autograd MONAI may call scaled_dot_product_attention, and then passes no dropout.
+    # With gradients disabled, MONAI may call scaled_dot_product_attention, to which it then passes no dropout.
     sdpa = getattr(attn, "use_flash_attention", False) and not torch.is_grad_enabled()
     return attn.attn_drop.training and not sdpa
 
 
 def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
-    """Return True if the map has as many axes as the block's windows, and the op accepts the windows."""
+    """Return True if a map of ``size`` has as many axes as the block's windows, and the op accepts the windows."""
     if len(size) != len(block.window_size):
         return False
     if why_beyond_limits(0, block.window_size) is None:
@@ -146,7 +146,7 @@ def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
 
 
 def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> Tensor | None:
-    """Return the result of forward_part1, or None if MONAI's own code must run."""
+    """Return the output of the block's forward_part1, computed by ops, or None if MONAI's own code has to run."""
     size = tuple(x.shape[1:-1])
     if not _size_fits(block, size) or _why_not_attention(block) is not None:
         return None
@@ -183,13 +183,13 @@ _RESIDUAL = Residual("norm2", "drop_path", DropPath, "MONAI's DropPath", _casts_
 
 @constant_when_compiled
 def _order(kind: Any, axes: int) -> str | None:
-    """Return the neighbour order of a merging class, found by calling it, or None. MONAI 1.5 changed the order."""
+    """Return the neighbour order of the class ``kind``, found by a call, or None. MONAI 1.5 changed the order."""
     return _find_order(kind, axes)
 
 
 @functools.cache
 def _find_order(kind: Any, axes: int) -> str | None:
-    with torch.device("meta"):  # initialising parameters there draws no random numbers
+    with torch.device("meta"):  # where the initialisation of parameters draws no random numbers
         merging: Any = kind(1, spatial_dims=axes)
     merging.norm = merging.reduction = nn.Identity()
     with torch.no_grad(), torch.device("cpu"):
@@ -213,8 +213,8 @@ def _merging_axes(merging: PatchMergingV2) -> int:
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     """MONAI's block, with the attention half computed by a window attention op and the norms by other ops.
 
-    Geometry and parameters are read, and the index of the bias table is checked, at every call. MONAI's code runs if a
-    hook is registered on an inner module, a layer is not an nn.Linear, a method was replaced, the mask differs from
+    Geometry and parameters are read, and the index into the bias table is checked, at every call. MONAI's code runs if
+    a hook is registered on an inner module, a layer is not an nn.Linear, a method was replaced, the mask differs from
     compute_mask's, or TorchScript or FX traces the code.
     """
 
@@ -247,7 +247,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
 
 
 class AcceleratedBasicLayer(Accelerated, BasicLayer):
-    """MONAI's stage. It makes no mask if all of its blocks use ops."""
+    """MONAI's stage, which computes no mask if all of its blocks use ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x) or not all(_needs_no_mask(block, x) for block in self.blocks):
@@ -280,7 +280,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 def _needs_no_mask(block: Any, x: Tensor) -> bool:
-    """Return True if the block's call will not read the mask that is passed to it."""
+    """Return True if a call of ``block`` will not read the mask passed to it."""
     return (
         class_of(block) is AcceleratedSwinTransformerBlock
         and not has_hooks(block)
@@ -318,12 +318,12 @@ def _reason_to_skip_stage(stage: BasicLayer) -> str | None:
 
 
 def _map_to_report_on(block: Any) -> tuple[int, ...]:
-    """Return a map size on which windows do not shrink, which is the hardest case for the op."""
+    """Return a map size on which windows do not shrink, because full windows are the most demanding for the op."""
     return tuple(w + 1 for w in block.window_size)
 
 
 def _map_to_verify(block: Any) -> tuple[int, ...]:
-    """Return a map size that is padded and shifted on two axes. On a third axis the window shrinks, to save time."""
+    """Return a map size with padding and a shift on two axes. On a third axis the window shrinks, to save time."""
     window = tuple(block.window_size)
     return (window[0] + 1, window[1] + 2, *(3 for _ in window[2:]))
 

@@ -1,12 +1,13 @@
 """Runs torchvision's Swin Transformers, v1 and v2, with this package's ops: attention, blocks and patch merging.
 
-In attention torchvision pads the map, rolls it, cuts it into windows and later undoes all of this, in one function that
-reads weights and biases and calls no inner module. Linear layers act on tokens one by one, so QKV and the projection
-run on the map in image order, and the op addresses the windows. A pad token is a zero row, so its q, k and v are the
-bias of the QKV layer. A window never shrinks: on an axis where the map is no longer than the window, there is no shift.
+For attention, torchvision pads the map, rolls it, partitions it into windows and later undoes all of this, in one
+function that reads weights and biases and calls no inner module. Linear layers process each token separately, so QKV
+and the projection run on the map in image order, and the op addresses the windows. A pad token is a row of zeros, so
+its q, k and v are the bias of the QKV layer. Windows never shrink; on an axis where the map is no longer than the
+window, there is no shift.
 
-In v2 the third of the QKV bias that belongs to k counts as zero, whatever its values. The adapter applies the sigmoid
-of the position bias to the bias table, before the op gathers from it; torchvision applies it to the dense bias.
+In v2 the k part of the QKV bias counts as zero, whatever its values. The adapter applies the sigmoid of the position
+bias to the bias table, before the op gathers from it; torchvision applies it to the dense bias.
 
 Residual connections, norms and patch merging are computed by ops.
 
@@ -63,7 +64,7 @@ watch(MLP, StochasticDepth)
 
 
 def _why_not_attention(attn: Any) -> str | None:
-    """Return the reason why torchvision's own code currently has to run this attention, or None."""
+    """Return the reason why torchvision's own code currently has to run ``attn``, or None."""
     reason = replaced_method(attn, original_class(attn))
     if reason is not None:
         return reason
@@ -91,13 +92,13 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Return the op's arguments that define bias, scale, dropout and geometry, for a map of this size."""
+    """Return the op's arguments for bias, scale, dropout and geometry for a map of ``size``."""
     p = attn.attention_dropout if attn.training else 0.0
     return {"bias_table": bias_table(attn), "dropout_p": p, **score_factor(attn), **_geometry(attn, size)}
 
 
 def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Return the op's arguments that define heads, windows and mask."""
+    """Return the op's arguments for heads, windows and mask for a map of ``size``."""
     window = tuple(attn.window_size)
     return {
         "num_heads": attn.num_heads,
@@ -130,10 +131,10 @@ def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
 
 
 class _Attention(Accelerated):
-    """The base class of torchvision's accelerated attention, which stores an index of the bias table.
+    """Base class of torchvision's accelerated attention, which stores an index into the bias table.
 
     Geometry, parameters and the index are read or compared at every call. torchvision's code runs if the op cannot
-    replace it: while TorchScript or FX traces the code, and if a user has changed the bias or the index.
+    replace it, for example while TorchScript or FX traces the code, or if the bias table or index fits another window.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -165,9 +166,9 @@ class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
 
 
 def _stochastic_depth_scale(stochastic_depth: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the factor per sample by which torchvision's StochasticDepth would multiply y, or None if it is 1.
+    """Return the per-sample factors by which torchvision's StochasticDepth would multiply y, or None if they are 1.
 
-    The factor is drawn from the same random numbers as in torchvision.
+    They are computed from the same random numbers as in torchvision.
     """
     if class_of(stochastic_depth) is nn.Identity or stochastic_depth.p == 0.0 or not stochastic_depth.training:
         return None
@@ -208,7 +209,7 @@ _MERGING_V2 = Merging("post", lambda merging: 2 * merging.dim)
 
 
 def _why_not_op(attn: Any) -> str | None:
-    """Return the reason why a call of a v1 block's attention does more than the op, or None."""
+    """Return the reason why the op cannot replace a call of ``attn``, the attention of a v1 block, or None."""
     if class_of(attn) is not AcceleratedShiftedWindowAttention:
         return f"attn is a {class_of(attn).__name__}"
     reason = replaced_method(attn, ShiftedWindowAttention, "attn")
@@ -218,16 +219,16 @@ def _why_not_op(attn: Any) -> str | None:
 
 
 def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
-    """Return norm1 of v1: under autocast, in the dtype to which QKV would cast it, unless other code reads it."""
+    """Return norm1(x) of a v1 block; under autocast, in QKV's input dtype if only accelerated attention reads it."""
     if autocast_dtype(x) is None or _why_not_op(attn) is not None:
         return child(block, "norm1")(x)
     return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
 
 
 def _why_not_half(block: Any, training: bool | None) -> str | None:
-    """Return the reason why attention_half cannot replace a v1 block's attention and norm1, or None.
+    """Return the reason why the op attention_half cannot replace a v1 block's attention and norm1, or None.
 
-    Attention of another class, as in Swin3D, is called as a module, and only the MLP half recomputes.
+    Attention of another class, as in Swin3D, is called as a module, and only the MLP half is recomputed.
     """
     attn = child(block, "attn")
     if class_of(attn) is not AcceleratedShiftedWindowAttention:
@@ -245,7 +246,7 @@ _RECOMPUTE_V2 = Recompute(_RESIDUALS_V2[1], _MLP, "post")
 
 
 def _branch(block: Any, x: Tensor) -> Tensor | None:
-    """Return a v1 block's attention branch, or None if attention_half cannot compute it for this map."""
+    """Return the output of a v1 block's attention branch, or None if attention_half does not accept ``x``."""
     attn, norm = child(block, "attn"), child(block, "norm1")
     if class_of(attn) is not AcceleratedShiftedWindowAttention:
         return attn(norm(x))
@@ -312,7 +313,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 
 def _map_size(window: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the size of a map with padding on each axis and a shift, because the module stores no map size."""
+    """Return a map size that needs padding and a shift on each axis, because the module stores no map size."""
     return window[0] + 1, *(w + 2 for w in window[1:])
 
 

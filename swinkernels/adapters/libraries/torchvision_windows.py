@@ -39,7 +39,10 @@ def _swin3d(attn: Any, attend: Any, x: Tensor) -> Any:
 
 
 def _swin3d_sizes(attn: Any) -> tuple[tuple[int, ...], ...]:
-    """Return map sizes that shrink the window on one axis each, because scores of full 3D windows would take long."""
+    """Return map sizes that each shrink the window on one axis and, if the window is small, one that does not.
+
+    The scores of large 3D windows would take long to compute.
+    """
     (d, h, w), channels = attn.window_size, attn.qkv.in_features
     few = [(d + 1, 2, w + 1, channels), (2, h + 1, w + 1, channels), (d + 1, h + 1, 1, channels)]
     return (*few, (d + 1, h + 1, w + 1, channels)) if d * h * w <= 64 else tuple(few)

@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 
-# Importing this package registers the models, and python -m has already imported it.
+# python -m imports the package first, which registers the models.
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
 """The decomposed relative position of SAM and ViTDet: ``axis_tables``.
 
 Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a - 1], with q unscaled. The tables of all
-          axes are stacked. A column c belongs to a coordinate of a key on one axis; the columns of all axes follow each
-          other. A[i, c] = q_i . table[row(i, c)] is (N, sum of the window's sizes), with 28 columns at SAM's window 14,
-          and the bias is A E, where E[c, j] is one if key j has coordinate c, else zero. Backward: dA = dS E^T; with
+          axes are stacked. A column c is a coordinate of a key on one axis; the columns of all axes are concatenated.
+          A[i, c] = q_i . table[row(i, c)] is (N, sum of the window's sizes), with 28 columns at SAM's window 14, and
+          the bias is A E, where E[c, j] is one if key j has coordinate c, else zero. Backward: dA = dS E^T; with
           dR[i, r] = dA[i, c] for row(i, c) = r: dq += dR table, and dtable = dR^T q, summed over windows and heads.
 Steps     A query tile is multiplied by all rows of the tables once, and a gather along each row picks A from the
           products; every tile of keys then needs one more product. The bias itself is never in memory. The backward
           pass stores A for the kernel of dk and dv, and dA for the kernel of the tables' gradients.
-Rounding  The tables and A are float32. With 16-bit maps each is split into two numbers of that dtype, whose sum has
-          twice its digits; in float16 both are divided by a factor that brings them into range.
+Rounding  The tables and A are float32. With 16-bit maps each value is split into two numbers of the map's dtype, whose
+          sum has twice the digits; in float16 the values are first divided by a factor that brings them into range.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from swinkernels.triton.window_attention.gradients import add_product, excess_of
 
 
 class Split(NamedTuple):
-    """A float32 tile, stored as factor * (high + low) with 16-bit tiles; with float32 maps ``high`` is the tile."""
+    """A float32 tile, stored as factor * (high + low) in two 16-bit tiles; with float32 maps ``high`` is the tile."""
 
     high: Any
     low: Any
@@ -76,7 +76,7 @@ def _row_and_column(query, at, OF_AXIS: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def _rows_met(query, column, STATIC: tl.constexpr):
-    """Return the table row that a query uses at a column, and a mask of the rows that exist: (queries, columns)."""
+    """Return the table row for each query and column, and a mask of the rows that exist: (queries, columns)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     row = _row_and_column(query, column, COLUMNS, STATIC) - column[None, :]
     met = (query < STATIC.VOLUME)[:, None] & (column < COLUMNS[0] + COLUMNS[1] + COLUMNS[2])[None, :]
@@ -85,7 +85,7 @@ def _rows_met(query, column, STATIC: tl.constexpr):
 
 @triton.jit
 def columns_met(query, row, STATIC: tl.constexpr):
-    """Return the column at which a query uses a table row, and a mask of the columns that exist: (queries, rows)."""
+    """Return the column for each query and table row, and a mask of the columns that exist: (queries, rows)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
     column = _row_and_column(query, row, ROWS, STATIC) - row[None, :]
@@ -173,7 +173,7 @@ def add_axis_query_gradient(dq, dproducts, query, call, STATIC: tl.constexpr):
 
 @triton.jit
 def product_rows(data, number, head, token, call, STATIC: tl.constexpr):
-    """Return the addresses of tokens' rows in A or dA, each of shape (windows, heads, N, columns)."""
+    """Return the addresses of the rows of tokens in ``data``, which is A or dA: (windows, heads, N, columns)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     row = (number.to(tl.int64) * call.num_heads + head) * STATIC.VOLUME + token
     return data + row[:, None] * (COLUMNS[0] + COLUMNS[1] + COLUMNS[2])

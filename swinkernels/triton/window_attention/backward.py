@@ -51,8 +51,9 @@ def bwd_whole(
 ):  # fmt: skip
     """Run the backward pass for windows of one tile; a program walks over a group of windows.
 
-    The program also writes its sums over these windows, unless the arguments are None: dbias (groups, heads, N, N),
-    dlogit_scale (groups, heads), and dk and dv of pad tokens to ``dpad`` (groups, 2, heads, HEAD_DIM).
+    The program also writes its sums over these windows to each of the following arguments that is not None: ``dbias``
+    (groups, heads, N, N), ``dlogit_scale`` (groups, heads), and ``dpad`` (groups, 2, heads, HEAD_DIM), dk and dv of pad
+    tokens.
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
@@ -132,8 +133,8 @@ def bwd_tiled_dq(
 ):  # fmt: skip
     """Compute dq for windows of several tiles; a program owns a query tile.
 
-    The program also writes delta, in the layout of lse, for the kernels that follow. Unless the arguments are None, it
-    writes its sum of dlogit_scale (windows * query tiles, heads), and A and dA of axis_tables.
+    The program also writes delta, in the layout of lse, for the kernels that follow. It writes its share of
+    dlogit_scale (windows * query tiles, heads), and A and dA of axis_tables, to the arguments that are not None.
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D

@@ -12,7 +12,10 @@ from swinkernels.triton.window_attention.rows import store_gradient
 
 @kernel
 def sum_key_gradients(call, of_windows, dmaps, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Sum each token's dk and dv over the key windows that contain it; a program owns tokens of a window and a head."""
+    """Sum each token's dk and dv over the key windows that contain it.
+
+    A program owns a tile of tokens of a window, for one head.
+    """
     WINDOW: tl.constexpr = STATIC.WINDOW
     KEY_WINDOW: tl.constexpr = STATIC.KEY_WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D

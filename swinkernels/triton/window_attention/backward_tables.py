@@ -1,4 +1,4 @@
-"""The kernels for the gradients of ``axis_tables`` and ``bias_table``, tables with rows that many pairs share."""
+"""The kernels for the gradients of ``axis_tables`` and ``bias_table``, whose rows are shared by pairs of tokens."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def bwd_axis_tables(
 
 @triton.jit
 def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
-    """Return, on one axis, the query that uses each row with each key, (rows, keys), or a number outside the window."""
+    """Return, on one axis, the query coordinate for each row and key, (rows, keys); outside the window if none fits."""
     if PAIRS:
         query = tl.where((row // WINDOW)[:, None] == key[None, :], (row % WINDOW)[:, None], -1)
     else:
@@ -68,7 +68,7 @@ def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
 def fold_dbias(dbias, dbias_table, num_heads, STATIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """Fold dbias (heads, N, M) onto (rows, heads): sum the pairs of query and key that use each row.
 
-    ``num_heads`` counts the heads of all types of windows.
+    ``num_heads`` is the number of heads of all window types together.
     """
     VOLUME: tl.constexpr = STATIC.VOLUME
     KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME

@@ -13,25 +13,25 @@ Q = tl.constexpr(0)
 K = tl.constexpr(1)
 V = tl.constexpr(2)
 
-# Triton compiles variants of a kernel for integers that are 1 or a multiple of 16. Numbers that vary with the batch are
-# exempt, because a new batch size could trigger a recompilation. Elements of tuples cannot be exempted, which helps
+# Triton compiles variants of a kernel for integers that are 1 or a multiple of 16. Arguments that vary with the batch
+# are exempt, because a new batch size could trigger a recompilation. Elements of tuples cannot be exempted, which helps
 # here: 2D kernels are compiled without the axis of size 1, and maps of new sizes add a few variants at most.
 kernel = triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])
 
 
 class Call(NamedTuple):
-    """The arguments of a call that are passed at its launch.
+    """The arguments of a call that are passed to the kernels at launch.
 
-    The order matters: with the strides or the tables first, ptxas uses more instructions or registers.
+    Their order matters: with the strides or the tables first, ptxas uses more instructions or registers.
     """
 
     maps: Any  # q, k and v, or one map of all three
     num_heads: Any
-    type_windows: Any  # windows of each type in an image, or None for a single type
+    type_windows: Any  # windows of each type per image, or None for a single type
     size: Any
-    roll: Any  # the shift in the form used for addresses
+    roll: Any  # the shift; with ROLL_THEN_PAD, modulo the map's size
     before: Any  # number of pad tokens before the data, per axis
-    cut: Any  # the first token of an axis beyond the shift's seam; the window size if nothing is masked
+    cut: Any  # per axis, the first token beyond the shift's seam; the window size if nothing is masked
     strides: Any  # per map: batch, axes 0 to 2, head and, if q, k and v are one map, part; in units of ALIGN elements
     map_heads: Any  # heads in a token's row of a map: three times num_heads if q, k and v are one map
     bias_table: Any
@@ -61,8 +61,8 @@ class Static(NamedTuple):
     KEY_WINDOW: Any  # the keys' window, with the same centre
     KEY_VOLUME: Any
     HAS_KEY_WINDOW: Any  # True if KEY_WINDOW is larger than WINDOW
-    TABLE_WINDOW: Any  # the window in which queries are numbered for bias_table
-    TABLE_KEY_WINDOW: Any  # the window in which keys are numbered for bias_table
+    TABLE_WINDOW: Any  # the window that gives query coordinates for bias_table
+    TABLE_KEY_WINDOW: Any  # the window that gives key coordinates for bias_table
     TABLE_ROWS: Any  # rows of bias_table on each axis
     TABLE_PAIRS: Any  # per axis, True if bias_table has a row for each pair of coordinates
     AXIS_COLUMNS: Any  # per axis, number of columns of A: the window size, or 0 without axis_tables

@@ -18,7 +18,7 @@ _LARGEST_INVERSE = tl.constexpr(1e12)
 
 
 class Queries(NamedTuple):
-    """The queries of a tile: positions, seam bits, rows of q, inverse norms, rows of dout, and lse."""
+    """The queries of a tile: positions, seam bits, rows of q, their inverse norms, rows of dout, and lse."""
 
     at: Any
     beyond: Any
@@ -29,7 +29,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys of a tile: positions, seam bits, rows of k, inverse norms of these, and rows of v."""
+    """The keys of a tile: positions, seam bits, rows of k, their inverse norms, and rows of v."""
 
     at: Any
     beyond: Any
@@ -77,7 +77,7 @@ def dprobs_of(queries, keys, keep, call, STATIC: tl.constexpr):
 def excess_of(dscores, dtype: tl.constexpr):
     """Return the divisor that brings a tile of dS into float16's range, or None for dtypes with float32's range.
 
-    It is needed because dq and dk can be in range although dS is not.
+    The divisor is needed because dq and dk can be in range although dS is not.
     """
     if dtype == tl.float16:
         excess = tl.maximum(tl.max(tl.max(tl.abs(dscores), axis=1), axis=0) * (1 / 32768), 1.0)
@@ -88,13 +88,13 @@ def excess_of(dscores, dtype: tl.constexpr):
 
 @triton.jit
 def narrow(dscores, excess, dtype: tl.constexpr):
-    """Divide dS by ``excess`` and round it to ``dtype``; its products with q and k must be multiplied by ``excess``."""
+    """Divide dS by ``excess`` and round it to ``dtype``; products of the result must be multiplied by ``excess``."""
     return (dscores if excess is None else dscores * (1.0 / excess)).to(dtype)
 
 
 @triton.jit
 def unit_rows(x, inverse, call):
-    """Return rows of q or k as they are multiplied by dS: in v2, divided by their norms."""
+    """Return ``x``, rows of q or k, in the form that dS is multiplied by: in v2, divided by their norms."""
     return x if call.logit_scale is None else (x.to(tl.float32) * inverse[:, None]).to(x.dtype)
 
 

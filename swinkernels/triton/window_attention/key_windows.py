@@ -15,7 +15,7 @@ from swinkernels.triton.window_attention.call import K
 
 @triton.jit
 def locate_keys(window, token, call, STATIC: tl.constexpr):
-    """Return the positions of a window's keys, as Tokens."""
+    """Return the positions of the keys ``token`` of ``window``, as Tokens."""
     if STATIC.HAS_KEY_WINDOW:
         WINDOW: tl.constexpr = STATIC.WINDOW
         KEY_WINDOW: tl.constexpr = STATIC.KEY_WINDOW
@@ -40,6 +40,6 @@ def key_rows(data, number, head, which: tl.constexpr, key, call, STATIC: tl.cons
 
 @triton.jit
 def store_of_window(data, which: tl.constexpr, values, number, head, key, call, STATIC: tl.constexpr):
-    """Store a window's rows of dk or dv in ``data``, the gradients of all windows' keys."""
+    """Store rows of a window's dk or dv in ``data``, which holds the gradients of the keys of all windows."""
     inside = (key < STATIC.KEY_VOLUME)[:, None] & (tl.arange(0, STATIC.BLOCK_D) < STATIC.HEAD_DIM)[None, :]
     tl.store(key_rows(data, number, head, which, key, call, STATIC), values, mask=inside)

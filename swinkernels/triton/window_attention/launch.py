@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of window attention: the ops with the suffix ``_triton`` run these functions."""
+"""Launches the Triton kernels of window attention; implements the ops with the suffix ``_triton``."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ class _Prepared(NamedTuple):
     types: int  # window types with separate biases
 
     def groups(self, per_window: int, programs: int, most: int = INT32_MAX) -> tuple[int, int, int]:
-        """Divide the windows into groups for about ``programs`` programs, ``per_window`` of them for each group.
+        """Divide the windows into groups, each run by ``per_window`` programs, for about ``programs`` in all.
 
-        Returns the number of windows of each type, the number of windows in a group, which all have one type, and the
-        number of groups.
+        A group has windows of one type. Returns the number of windows of each type, the number of windows in a
+        group, at most ``most``, and the number of groups.
         """
         of_type = self.batch_windows // self.types
         each = min(most, of_type, max(1, -(-self.batch_windows * per_window // programs)))
@@ -162,8 +162,8 @@ def _prepare(
         scale=spec.scale,
         unit_scale=spec.scale * unit,
         unit_mask=min(max(spec.mask_value * unit, -LARGEST_MASK), LARGEST_MASK),
-        # Random numbers are int32. For p = 1 the bound is clamped to INT32_MAX: a draw of exactly INT32_MAX is still
-        # kept, and keep_scale = 0 makes it zero.
+        # Random numbers are int32. For p = 1 the bound is clamped to INT32_MAX: a pair whose random number is INT32_MAX
+        # is still not dropped, but multiplied by keep_scale = 0.
         drop_below=min(round(spec.dropout_p * 2**32) - 2**31, INT32_MAX),
         keep_scale=1.0 / (1.0 - spec.dropout_p) if spec.dropout_p < 1.0 else 0.0,
     )
@@ -172,7 +172,7 @@ def _prepare(
 
 
 def _rank(maps: Sequence[Tensor]) -> int:
-    """Return the number of token axes of the maps. A single map has a separate axis for q, k and v."""
+    """Return the number of token axes of the maps. A single map of q, k and v has an additional axis for the three."""
     return maps[0].dim() - (4 if len(maps) == 1 else 3)
 
 
@@ -228,11 +228,11 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     dout, lse = dout.contiguous(), lse.contiguous()
     pads = needs_dpad_qkv and static.HAS_PADDING
     has_axes = call.axis_tables is not None
-    # Each program's sums, which a second kernel adds up.
+    # Partial sums of the programs or groups, which are added up at the end.
     pair_sums = head_sums = pad_sums = None
 
     def new_pair_sums(groups: int) -> Tensor | None:
-        """Allocate dbias for each group of windows, or return the result itself if each type has one group."""
+        """Allocate a sum of dS for each group of windows, or return ``dbias`` itself if each type has one group."""
         if needs_dbias and groups == prepared.types:
             return dbias
         return sums(groups, heads, volume, static.KEY_VOLUME) if needs_dbias or needs_dbias_table else None

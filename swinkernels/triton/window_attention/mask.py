@@ -1,4 +1,4 @@
-"""The mask of shifted windows: pairs of tokens from different regions of the map get ``mask_value``."""
+"""The mask of shifted windows: ``mask_value`` is added to scores of pairs of tokens from different regions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def beyond_seam(token, call, STATIC: tl.constexpr):
 
 @triton.jit
 def seams_of(window, call, STATIC: tl.constexpr):
-    """Return a bit per axis, set if the window contains the seam; with a region_map, return a number that is not 0.
+    """Return a bit per axis, set if the window contains the seam; with a region_map, return a nonzero number.
 
     The seam is in the last window of an axis.
     """
@@ -37,7 +37,7 @@ def seams_of(window, call, STATIC: tl.constexpr):
 
 @triton.jit
 def region_of(window, token, beyond, seams, call, STATIC: tl.constexpr):
-    """Return the region number of tokens; pairs of tokens from different regions are masked."""
+    """Return the regions of tokens; pairs of tokens from different regions are masked."""
     if not STATIC.HAS_MASK:
         region = token
     elif call.region_map is None:

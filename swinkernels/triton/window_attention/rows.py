@@ -1,4 +1,4 @@
-"""Reads and writes one head's rows of tokens at given positions (``at``, of class ``Tokens``)."""
+"""Loads and stores the rows of one head for the tokens at given positions (``at``, of class ``Tokens``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swinkernels.triton.window_attention.call import Q
 
 @triton.jit
 def load_rows(call, which: tl.constexpr, at, head, STATIC: tl.constexpr):
-    """Load rows of q, k or v. Rows beyond the window are zero; a pad token's row is from pad_qkv, by default zero."""
+    """Load rows of q, k or v. Rows beyond the window are zero; pad tokens have the row of pad_qkv, by default zero."""
     PACKED: tl.constexpr = len(call.maps) == 1
     MAP: tl.constexpr = 0 if PACKED else which
     VOLUME: tl.constexpr = STATIC.VOLUME if which == Q else STATIC.KEY_VOLUME

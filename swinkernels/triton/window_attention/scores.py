@@ -14,7 +14,7 @@ LN_100 = tl.constexpr(4.605170185988092)
 
 @triton.jit
 def _table_position(t0, t1, t2, STATIC: tl.constexpr):
-    """Return the number of a row of bias_table, given its number on each axis."""
+    """Return the index of a row of bias_table, given its index on each axis."""
     ROWS: tl.constexpr = STATIC.TABLE_ROWS
     return (t0 * ROWS[1] + t1) * ROWS[2] + t2
 
@@ -29,7 +29,7 @@ def _query_position(token, STATIC: tl.constexpr):
 
 @triton.jit
 def _key_position(token, STATIC: tl.constexpr):
-    """Return r'(j), which is r(j) except on axes with table_pairs, whose rows are numbered i + window * j."""
+    """Return r'(j), which is r(j) except on axes with table_pairs, where the row index is i + window * j."""
     WINDOW: tl.constexpr = STATIC.TABLE_KEY_WINDOW
     PAIRS: tl.constexpr = STATIC.TABLE_PAIRS
     t0, t1, t2 = coordinates(token, WINDOW)
@@ -52,7 +52,7 @@ def _first_position(STATIC: tl.constexpr):
 
 @triton.jit
 def bias_tile(kind, query, key, head, call, STATIC: tl.constexpr):
-    """Return UNIT times the bias of a tile in a window of type ``kind``; keys beyond the window get minus infinity."""
+    """Return UNIT times the bias of a tile in a window of type ``kind``, minus infinity for keys beyond the window."""
     VOLUME: tl.constexpr = STATIC.VOLUME
     KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     inside = (query < VOLUME)[:, None] & (key < KEY_VOLUME)[None, :]
@@ -97,7 +97,7 @@ def head_scale(unit_scale, call, STATIC: tl.constexpr):
 def inverse_norm(x, call):
     """Return 1 / max(norm, 1e-12) for each row of q or k.
 
-    Without cosines return an unused number, because before Triton 3.8 a tuple that contains None cannot be returned.
+    Without logit_scale, return an unused 0.0, because before Triton 3.8 a tuple that contains None cannot be returned.
     """
     if call.logit_scale is None:
         inverse = 0.0
@@ -170,7 +170,7 @@ def kept_pairs(seed, number, head, query, start, call, BLOCK_K: tl.constexpr):
     """Return a mask of the pairs that dropout keeps, for BLOCK_K keys from ``start`` on, or None without a ``seed``.
 
     The mask comes from Philox numbers keyed by ``seed``. The counter, four words of 32 bits, is (key / 4, query,
-    window, head), so it never repeats in a call. Each counter gives four numbers, one for each of four neighbouring
+    window, head), so it never repeats in a call. Each counter gives four numbers, one for each of four consecutive
     keys.
     """
     if seed is None:
@@ -186,7 +186,7 @@ def kept_pairs(seed, number, head, query, start, call, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def drop(probs, keep):
-    """Return P with zeros for the dropped pairs; scaled_by_keep scales the sums over the others."""
+    """Return P with the dropped pairs set to zero, but not scaled: scaled_by_keep scales the sums over kept pairs."""
     return probs if keep is None else tl.where(keep, probs, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Tile sizes and launch options, derived from registers and shared memory; they have not been tuned on a GPU."""
+"""Tile sizes and launch options, derived from register and shared-memory use; they have not been tuned on a GPU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 import triton
 
 # The number of programs of a kernel that walks over windows: several waves on a GPU with about 130 multiprocessors. It
-# is the same on every GPU, and so are the sums of each program. torch.sum adds these up, in an order that may depend on
-# the GPU.
+# is the same on every GPU, and so are the partial sums of each program. torch.sum adds the partial sums, in an order
+# that may depend on the GPU.
 FORWARD_PROGRAMS = 2048
 BACKWARD_PROGRAMS = 1024
 # More windows per program would make the last wave long. With 8, loading the bias tile costs little per window.
@@ -45,7 +45,7 @@ def tiles(
     has_key_window: bool = False,
     has_padded_regions: bool = False,
 ) -> Tiles:
-    """Return a kernel's tiles.
+    """Return the tile sizes and launch options of a kernel.
 
     Args:
         name: the kernel's name.
@@ -67,7 +67,7 @@ def tiles(
         block = whole if name.endswith("whole") else 16 if wide else 32
         return Tiles(block, block, 4, 1)
     if name.endswith("whole"):
-        # A warp has 16 rows of a tile of the matrix units; Hopper's units process 64 rows with four warps at once.
+        # The matrix units compute 16 rows of a tile per warp; Hopper's process 64 rows with four warps at once.
         num_warps = whole // 16
         if name == "bwd_whole":
             # Beyond head_dim 32, dq, dk, dv and four 64 x 64 float32 tiles need the registers of 8 warps.

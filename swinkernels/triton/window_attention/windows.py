@@ -1,4 +1,4 @@
-"""Finds the windows that a program processes, by number and type."""
+"""Finds the windows that a program processes, by their index in the batch and their type."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def _windows_of_image(call, STATIC: tl.constexpr):
 
 @triton.jit
 def type_of(number, call, STATIC: tl.constexpr):
-    """Return a window's type, given its number in the batch."""
+    """Return the type of the window with index ``number`` in the batch."""
     return 0 if call.type_windows is None else number % _windows_of_image(call, STATIC) // call.type_windows
 
 
 @triton.jit
 def window_of_type(kind, i, call, STATIC: tl.constexpr):
-    """Return the number in the batch of the i-th window of a type."""
+    """Return the index in the batch of the ``i``-th window of type ``kind``."""
     if call.type_windows is not None:
         image = i // call.type_windows
         i = image * _windows_of_image(call, STATIC) + kind * call.type_windows + i % call.type_windows
@@ -32,7 +32,7 @@ def window_of_type(kind, i, call, STATIC: tl.constexpr):
 
 @triton.jit
 def first_window(group, batch_windows, windows_per_program, call):
-    """Return a group's type, first window and number of windows. Each type has ``batch_windows`` in the batch."""
+    """Return the type, first window and number of windows of ``group``; each type has ``batch_windows`` windows."""
     if call.type_windows is not None:
         groups = tl.cdiv(batch_windows, windows_per_program)
         kind, group = group // groups, group % groups
@@ -44,7 +44,7 @@ def first_window(group, batch_windows, windows_per_program, call):
 
 @triton.jit
 def next_of_type(window, kind, i, call, STATIC: tl.constexpr):
-    """Return the i-th window of a type, given the previous window of that type."""
+    """Return the ``i``-th window of type ``kind``, given ``window``, the previous window of that type."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     if call.type_windows is None:
         window = next_window(window, call.size, WINDOW)

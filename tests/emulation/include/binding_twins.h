@@ -1,5 +1,6 @@
-// Emulated twin of csrc/bindings/current_stream.h, included before the bindings. With it the bindings register for CPU
-// tensors and launch the emulated kernels; errors of these become exceptions with the emulator's message.
+// Emulated twin of csrc/bindings/current_stream.h, included before the bindings. With this header, the bindings are
+// registered for CPU tensors and launch the emulated kernels; a launch error becomes an exception with the emulator's
+// message.
 #pragma once
 
 #define SWINKERNELS_BINDINGS_CURRENT_STREAM_H_

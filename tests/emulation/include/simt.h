@@ -38,7 +38,7 @@ void warp_collective(const Collective& collective);
 enum class BlockVote { kNone, kAnd, kOr, kCount };
 int block_barrier(BlockVote vote, bool predicate, const Site& site);
 
-// Fails the launch with this message. Does not return when called from a kernel.
+// Makes the launch fail with this message. Does not return if called from a kernel.
 void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 int lane_index();

@@ -3,13 +3,13 @@
 // Maths     v are the rows that are normalised, n = (v - mean) * rstd, g = dz * weight:
 //           dv = rstd * (g - mean(g) - n * mean(g * n)), dweight = sum of dz * n, dbias = sum of dz over the rows.
 //           Residual: dx = ds + dv, dy = scale * dx. Post norm: dz = scale * ds, dy = dv; dx = ds.
-//           Merging writes dv to the position of v, and zeros to neighbours that are in no row.
+//           Merging writes dv to the position of v, and zeros to neighbours that are not part of any row.
 // Tiling    as in fwd_sm80.cuh. A thread keeps its columns from row to row, so their dweight and dbias accumulate in
 //           registers; at the end the block's threads that share a column add their sums in order, and
 //           reduce_partials.cu adds the blocks' sums. If there are enough registers, the next row is loaded before this
 //           one is reduced. Otherwise each warp has only one row in flight, but 12 warps suffice: about 5 saturate the
 //           memory (traffic 460 cycles per warp and row, latency 800, computation 1,300).
-// Order     there are no atomics: the same device gives the same bits.
+// Order     there are no atomics: results are bitwise reproducible on one device.
 // Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes per row, are read once.
 //           Partials are 8 * blocks * length bytes, written and read in L2.
 // Roofline  memory bound, like the forward kernel:
@@ -37,7 +37,7 @@ struct BackwardArguments : RowArguments<Source> {
   const float* rstd;
   void* dx;
   void* dy;         // or null
-  float* partials;  // (blocks, 2, length): each block's dweight and dbias, or null if neither is wanted
+  float* partials;  // (blocks, 2, length): each block's dweight and dbias, or null if neither is needed
 };
 
 struct BackwardSmem {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void write_partial(float* partial, float* sums, const
     }
   }
   float* const dbias_sums = sums + kVecs * kVec * lanes;
-  __syncthreads();  // the last read of the weight is over
+  __syncthreads();  // all threads have read the weight for the last time
   for (uint32_t turn = 0; turn < blockDim.x / sharers; ++turn) {
     if (threadIdx.x / sharers == turn && threadIdx.x % sharers < lanes) {
 #pragma unroll
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     if (row.exists) row.position = args.source.position(number);
     return row;
   };
-  // Unconverted vectors. Missing vectors are zeros, which do not change any sum.
+  // Load unconverted vectors. Missing vectors are zeros, which do not change any sum.
   const auto load_x = [&](const Row& row, int i) {
     if (!row.exists || !columns.has(i) || !slots.exists(i, row.position)) return typename X::Raw{};
     return X::load(X::row(args.normalised, row.position.offset, x_dtype), slots.offset(i), x_dtype);
@@ -169,10 +169,10 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
   for (; first < args.rows; first += step) {
     if (!Traits::kBackwardPrefetch) next = load(first + group.index());
     const Inputs inputs = next;
-    if (Traits::kBackwardPrefetch) next = load(first + group.index() + step);  // in flight while this one is computed
+    if (Traits::kBackwardPrefetch) next = load(first + group.index() + step);  // in flight while this row is processed
 
     Row row = inputs.row;
-    // x - mean, and the gradient of the norm's result.
+    // Reads x - mean and the gradient of the norm's result.
     const auto read = [&](int i, float (&centred)[kVec], float (&dz)[kVec]) {
       X::unpack(Traits::kKeepsRow ? inputs.x[i] : load_x(row, i), centred, x_dtype);
       Dz::unpack(Traits::kKeepsRow ? inputs.dz[i] : load_dz(row, i), dz, dz_dtype);
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     if (!row.exists) continue;
     if (!Traits::kKeepsRow) row = locate(ptx::opaque(row.number));  // not kept in registers
 
-    // dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))), returned in dz without the factor rstd.
+    // dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))), stored in dz without the factor rstd.
     const float mean_g = sums[0] * args.inverse_length;
     const float slope = sums[1] * inputs.rstd * args.inverse_length * inputs.rstd;
     const auto differentiate = [&](const float (&centred)[kVec], const float (&w)[kVec], float (&dz)[kVec]) {

@@ -10,8 +10,8 @@
 
 namespace swinkernels::cuda {
 
-// Defined for each op and source of rows in the instantiation files. If `bytes` is not null, a backward function only
-// stores the size of its workspace there and launches nothing.
+// Instantiated for each op and source of rows in a separate .cu file. If `bytes` is not null, launch_backward only
+// stores the size of the workspace there and launches nothing.
 template <LayerNormOp kOp, class Source>
 cudaError_t launch_forward(const LayerNormForwardParams& params, cudaStream_t stream);
 template <LayerNormOp kOp, class Source>
@@ -30,7 +30,8 @@ struct Elements {
 // supports all other row lengths and pairs of types, and all calls for which `needs_shared` is true.
 template <LayerNormOp kOp, class Source, class F>
 cudaError_t dispatch_elements(DType in, DType out, int64_t run, bool needs_shared, F&& f) {
-  // kNarrows: a float32 stream with a half-precision branch. kWidens: a half-precision Linear with a float32 result.
+  // kNarrows: x is a float32 residual stream, and y and z are in half precision. kWidens: x is the half-precision
+  // result of a Linear, and z is in float32.
   constexpr bool kNarrows = !std::is_same_v<Source, ExpandedRows>;
   constexpr bool kWidens = kOp == LayerNormOp::kNorm && !std::is_same_v<Source, MergedRows>;
   if (run % 8 == 0 && !needs_shared) {
@@ -61,7 +62,7 @@ struct RowThreads {
   uint32_t lanes, block, block_vectors;
 };
 
-// Calls f(Traits, RowThreads) with the traits and threads of a plan.
+// Calls f(Traits, RowThreads) with the traits and threads of `plan`.
 template <LayerNormOp kOp, class Source, class E, int kChoice = 0, class F>
 cudaError_t dispatch_choice(const RowPlan& plan, F&& f) {
   if constexpr (kChoice + 1 < std::size(VectorChoices<E::kVec>::kList)) {
@@ -79,7 +80,7 @@ cudaError_t dispatch(const LayerNormRows& rows, DType in, DType out, bool needs_
   });
 }
 
-// Sets the arguments common to forward and backward. Returns false if no kernel can address these rows.
+// Sets the arguments common to forward and backward. Returns false if the kernels cannot address the rows.
 template <class Params, class Source>
 bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments<Source>* args) {
   args->rows = static_cast<uint32_t>(params.rows.count);
@@ -95,7 +96,8 @@ bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments
   return Source::of(params.rows, &args->source);
 }
 
-// Returns as many blocks as can be resident on the device at the same time, but at most one per row.
+// Sets *blocks to the number of blocks that can be resident on the device at the same time, but no more than the rows
+// occupy.
 template <class Kernel>
 cudaError_t plan_blocks(Kernel kernel, const RowThreads& threads, size_t smem_bytes, int64_t rows, int64_t* blocks) {
   const cudaError_t status = resident_blocks(kernel, threads.block, smem_bytes, blocks);

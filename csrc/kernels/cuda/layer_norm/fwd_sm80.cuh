@@ -2,14 +2,14 @@
 //
 // Maths     z = (v - mean(v)) * rstd * weight + bias, rstd = 1 / sqrt(var(v) + eps), where v is a row of x, or of
 //           s = x + scale * y, rounded to its dtype. In post norm, v is a row of y, and s = x + scale * z is written.
-//           In merging, pads are zeros in v. Two passes over registers compute the sum, then the sums of v - mean and
-//           of its square; the sum of v - mean corrects the rounding of the mean.
+//           In merging, pad tokens are zeros in v. Two passes over registers compute the sum, then the sums of v - mean
+//           and of its square; the sum of v - mean corrects the rounding of the mean.
 // Tiling    2^n threads share a row, with 24 or 16 elements each (traits.h); blocks loop over rows. The next row is
 //           loaded before this one is reduced, so reads are always in flight. Weight and bias are in shared memory.
 // Traffic   every element of x (and y) is read once, every element of s and z is written once; mean and rstd take 8
 //           bytes per row.
 // Roofline  memory bound; H100 SXM, published peak 3.35 TB/s, for (128, 56, 56, 96). Instructions are counted in the
-//           sm_90 code, per warp for 24 * 32 elements, and followed by the time of their issue slots.
+//           sm_90 code, per warp and 24 * 32 elements; the time that follows is that of their issue slots.
 //           merging, bf16         155 MB  46 us, 470 instructions 25 us,  72 registers, 28 warps, 43 KB in flight
 //           residual, bf16        312 MB  93 us, 570 instructions 31 us,  95 registers, 20 warps, 61 KB in flight
 //           residual, f32 + bf16  466 MB 139 us, 590 instructions 32 us, 126 registers, 16 warps, 74 KB in flight
@@ -135,14 +135,14 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
         for (int e = 0; e < kVec; ++e) v[i][e] = fmaf(inputs.scale, y[e], v[i][e]);
       }
     }
-    if constexpr (kOp == LayerNormOp::kNorm) {  // otherwise the raw words would be kept and converted again
+    if constexpr (kOp == LayerNormOp::kNorm) {  // otherwise the compiler keeps the raw words and converts them again
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) v[i][e] = ptx::opaque(v[i][e]);
       }
     }
-    if constexpr (Traits::kForwardPrefetch) next = load(row + step);  // in flight during this row's computation
+    if constexpr (Traits::kForwardPrefetch) next = load(row + step);  // in flight while this row is processed
     if constexpr (kOp == LayerNormOp::kResidual) {
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {

@@ -9,7 +9,7 @@
 namespace swinkernels::cuda {
 
 struct Parameter {
-  const void* data;  // if null, every element is `absent`
+  const void* data;  // if null, every element equals `absent`
   DType dtype;
   float absent;
 };
@@ -24,7 +24,7 @@ class SharedParameter {
   static constexpr size_t bytes(uint32_t vectors) { return size_t{vectors} * kVec * sizeof(float); }
 
   // Copies a parameter to shared memory. All threads of the block must call this, and a barrier must follow. Columns
-  // past the row are zero.
+  // past the end of the row are set to zero.
   __device__ __forceinline__ void fill(const Parameter& parameter, uint32_t length) {
     for (uint32_t column = threadIdx.x; column < vectors_ * kVec; column += blockDim.x) {
       float value = column < length ? parameter.absent : 0.0f;

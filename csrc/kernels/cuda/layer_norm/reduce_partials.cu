@@ -1,4 +1,4 @@
-// Sums the partial dweight and dbias of all blocks, in an order that depends only on their number.
+// Sums the partial dweight and dbias of all blocks, in an order that depends only on the number of blocks.
 //
 // Tiling    Each block sums 32 columns. The partials of a column are divided into 32 slices, which are summed in
 //           parallel; the sums are then added in order. The partials are read from L2, whose latency determines the

@@ -19,7 +19,7 @@ class RowGroup {
 
   __device__ __forceinline__ uint32_t lanes() const { return lanes_; }
   __device__ __forceinline__ uint32_t lane() const { return threadIdx.x & (lanes_ - 1); }
-  __device__ __forceinline__ uint32_t index() const { return index_; }  // of this group in the block
+  __device__ __forceinline__ uint32_t index() const { return index_; }  // index of this group in the block
 
   // Replaces each value by its sum over the group, with the same bits in every thread. All threads of the block must
   // call this.

@@ -30,7 +30,7 @@ struct Columns {
 
 // A row that is also contiguous in x.
 struct ContiguousRow {
-  uint64_t offset;  // elements from x to the row
+  uint64_t offset;  // from x to the row, in elements
 
   template <int kVec, int kVecs>
   struct Slots {
@@ -61,10 +61,10 @@ struct PlainRows {
 // Base of MergedRows and ExpandedRows, in which z is a map. Rows are numbered row-major over the tokens of all images.
 struct MapRows {
   RowMajorDivisor tokens;   // tokens of an image of z
-  uint64_t batch_stride;    // elements of an image of x
-  uint32_t axis_stride[3];  // elements of x
+  uint64_t batch_stride;    // from one image of x to the next, in elements
+  uint32_t axis_stride[3];  // in elements of x
 
-  // Returns false if there are too many tokens, or if they are too far apart on an axis.
+  // Returns false if the number of tokens or a stride is too large, or if the rows are not a whole number of images.
   bool fill(const LayerNormRows& rows, const int64_t (&z_tokens)[3], int64_t channels, const int64_t (&step)[3]) {
     int64_t count = 1, stride = channels;
     int32_t extent[3];
@@ -93,28 +93,28 @@ struct Nibbles {
   __device__ __forceinline__ uint32_t operator[](uint32_t i) const { return bits >> 4 * i & 15; }
 };
 
-// The piece that contains a column of a merged row, for orders in which several pieces may be the same neighbour.
+// The piece of a merged row that contains a given column. Several pieces may be the same neighbour.
 struct MergedPiece {
   uint32_t within;       // position of the column in the piece
   bool repeats;          // an earlier piece has the same neighbour and writes its dx
-  uint32_t next;         // the next piece with the same neighbour, or kNone if there is none or if `repeats`
-  uint32_t destination;  // the neighbour that gets dx or, if `repeats`, a neighbour without pieces, which gets zeros
+  uint32_t next;         // the next piece with the same neighbour; kNone if there is none, or if `repeats` is true
+  uint32_t destination;  // the neighbour that gets dx or, if `repeats` is true, one without a piece, which gets zeros
 };
 
-// A merged row consists of pieces, which are neighbours in x. Bit a of a neighbour's number is its offset on axis a.
+// A merged row consists of pieces, which are neighbours in x. Bit a of a neighbour's index is its offset on axis a.
 struct MergedRows : MapRows {
   static constexpr uint32_t kNone = 15;
 
   FastDivisor piece;    // elements of a piece
-  uint32_t second[3];   // elements from a token to the next one on an axis
-  uint32_t cut_off[3];  // coordinate in z of the blocks that cross the map's end; outside the map if there are none
+  uint32_t second[3];   // from a token to the next one on an axis, in elements
+  uint32_t cut_off[3];  // coordinate in z of the blocks that cross the map's end, or UINT32_MAX if there are none
   Nibbles neighbour;    // the neighbour of each piece
   // See MergedPiece. The number of neighbours without a piece equals the number of pieces that repeat a neighbour.
   uint32_t repeats;  // bit p: piece p repeats a neighbour
   Nibbles next, destination;
 
   struct Position {
-    uint64_t offset;   // elements from x to the block's first token
+    uint64_t offset;   // from x to the block's first token, in elements
     uint32_t outside;  // bit a: the second neighbours on axis a are outside the map
   };
 
@@ -141,7 +141,7 @@ struct MergedRows : MapRows {
     return result;
   }
 
-  // Returns the number of elements from the position of a row to column `within` of a neighbour.
+  // Returns the offset, in elements, of column `within` of neighbour `which` from the block's first token.
   __device__ __forceinline__ uint32_t offset_of(uint32_t which, uint32_t within) const {
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) within += which >> axis & 1 ? second[axis] : 0;

@@ -1,4 +1,5 @@
-// Code shared by the forward and backward kernels: rows, their distribution over threads, and weights in shared memory.
+// Code shared by the forward and backward kernels: rows, their distribution over threads, and parameters in shared
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +15,13 @@ namespace swinkernels::cuda {
 template <class Source>
 struct RowArguments {
   uint32_t rows, length;
-  uint32_t vectors;     // vectors of a row
+  uint32_t vectors;     // vectors in a row
   uint32_t lanes_log2;  // log2 of the number of threads that share a row
   float inverse_length;
   DType in_dtype, out_dtype;
   Source source;
   const float* drop_path_scale;  // or null
-  FastDivisor samples;           // rows of a sample
+  FastDivisor samples;           // rows in a sample
   Parameter weight;
 
   // Returns the drop path factor of a row, which is 1 without drop path.
@@ -30,7 +31,7 @@ struct RowArguments {
     return drop_path_scale[samples.divide(row, &rest)];
   }
 
-  // Returns the number of elements before a row, for contiguous rows.
+  // Returns the offset of a row, in elements, for contiguous rows.
   __device__ __forceinline__ uint64_t row_offset(uint32_t row) const { return static_cast<uint64_t>(row) * length; }
 };
 

@@ -1,8 +1,8 @@
-// The distribution of a row over threads. All numbers that depend on the op, the element types and the row length are
+// The distribution of a row over threads. All constants that depend on the op, the element types and the row length are
 // derived here.
 //
-// A row of V vectors belongs to `lanes` neighbouring threads, a power of two. A thread has kVecs of these vectors,
-// numbered lane, lane + lanes, ..., and keeps its columns from row to row.
+// A row of V vectors belongs to `lanes` neighbouring threads, a power of two. A thread has kVecs of these vectors, with
+// indices lane, lane + lanes, ..., and keeps its columns from row to row.
 #pragma once
 
 #include <algorithm>
@@ -29,8 +29,8 @@
 namespace swinkernels::cuda {
 
 constexpr uint32_t kWarp = 32;
-constexpr uint32_t kBlock = 128;      // threads, unless a row needs more
-constexpr uint32_t kMaxLanes = 1024;  // threads of a row
+constexpr uint32_t kBlock = 128;      // threads per block, unless a row needs more
+constexpr uint32_t kMaxLanes = 1024;  // threads per row
 constexpr uint32_t kMaxWarps = kMaxLanes / kWarp;
 
 // The number of vectors per thread, and the maximum number of threads per row; together they determine the number of
@@ -56,8 +56,8 @@ struct RowPlan {
   uint32_t lanes;
 };
 
-// Returns the plan with the fewest slots that is sufficient for a row of this many vectors, or no lanes if the row is
-// too long.
+// Returns the plan with the fewest slots (lanes times vectors per lane) that holds a row of `vectors` vectors. `lanes`
+// is 0 if the row is too long.
 template <int kVec>
 constexpr RowPlan plan_row(uint32_t vectors) {
   for (uint32_t lanes = 1; lanes <= kMaxLanes; lanes *= 2) {
@@ -77,7 +77,7 @@ static_assert(plan_row<8>(kMaxRow / 8).lanes > 0 && plan_row<4>(kMaxRow / 4).lan
 // kOp_         the op, which determines the rows to normalise and the sum to compute
 // Source_      the layout of rows in x (row_source.cuh)
 // In_, Out_    element types in memory of in_dtype and out_dtype, or AnyElement
-// kVec_        number of elements of a vector
+// kVec_        number of elements in a vector
 // kChoice      index into VectorChoices
 template <LayerNormOp kOp_, class Source_, class In_, class Out_, int kVec_, int kChoice>
 struct LayerNormTraits {
@@ -92,15 +92,16 @@ struct LayerNormTraits {
   static constexpr uint32_t kMaxThreads = kChosen.max_lanes > kBlock ? kChosen.max_lanes : kBlock;
 
   // Registers per thread in the backward pass, which needs more than the forward pass: 64 with 1,024 threads, 128 with
-  // 512. Three blocks of 128 threads, or 12 warps per multiprocessor, leave 168.
+  // 512. Three blocks of 128 threads, or 12 warps per multiprocessor, leave 168 per thread.
   static constexpr int kBackwardBlocks = kMaxThreads == kBlock ? SWINKERNELS_NORM_BACKWARD_BLOCKS : 1;
   static constexpr int kRegisters =
       std::min(255, 64 * 1024 / (kBackwardBlocks * static_cast<int>(kMaxThreads)) / 8 * 8);
   // If the element type is not known at compile time, a row is not kept in registers but loaded again.
   static constexpr bool kKeepsRow = !std::is_same_v<In_, AnyElement>;
-  // With 1,024 threads, a thread's 64 registers suffice for the sums of dweight and dbias, but not also for the slots.
+  // With 1,024 threads, a thread's 64 registers suffice for the sums of dweight and dbias, but not for the slots as
+  // well.
   static constexpr bool kBackwardKeepsSlots = kMaxThreads < 1024;
-  // True if the kernel supports orders in which several pieces are the same neighbour, such as MONAI's order until 1.4.
+  // True if the kernel supports merging in which several pieces are the same neighbour, as in MONAI up to 1.4.
   static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;
   // The next row is loaded before this one is processed: in the forward pass always; in the backward pass if there are
   // enough registers for both rows, the sums of dweight and dbias, and 60 other values.

@@ -16,8 +16,8 @@ namespace swinkernels::cuda {
 // dv (backward).
 //
 // A unit is a set of windows that have the same bias: for one head, all windows of one type, or all windows if there
-// are no types. The windows of a unit are its items. Each block processes items of one unit. Units are numbered type *
-// num_heads + head, so that blocks that run at the same time read neighbouring heads of the same tokens.
+// are no types. The windows of a unit are its items. Each block processes items of one unit. The index of a unit is
+// type * num_heads + head, so that concurrent blocks read neighbouring heads of the same tokens.
 template <int kMaps>
 struct WindowArguments {
   WindowLayout layout;
@@ -27,8 +27,8 @@ struct WindowArguments {
   const float* dense_bias;
   const float* logit_scale;
   const int64_t* dropout_seed;
-  uint32_t dropout_below;  // weights with a random number below this are dropped
-  float dropout_scale;     // factor of the weights that are kept
+  uint32_t dropout_below;  // attention weights whose random number is below this are dropped
+  float dropout_scale;     // factor of the attention weights that are not dropped
   float scale, mask2;      // mask2: the mask value times log2(e)
   int32_t num_heads, head_dim, num_tokens, row_bytes;
   int32_t bias_types;
@@ -69,13 +69,13 @@ struct WindowArguments {
     return args;
   }
 
-  // Return the column of the bias table that belongs to a unit, and the distance of its entries in floats.
+  // Return the column of the bias table for a unit, and the stride between its entries in floats.
   __device__ __forceinline__ const float* table_column(uint32_t type, int head) const {
     return bias_table + type * num_heads + head;
   }
   __device__ __forceinline__ int32_t table_columns() const { return num_heads * bias_types; }
 
-  // Returns the number that an item of a unit has among the windows of all images.
+  // Returns the window index, over all images, of an item of a unit.
   __device__ __forceinline__ uint32_t window_of(uint32_t type, uint32_t item) const {
     if (bias_types == 1) return item;
     uint32_t in_type;
@@ -103,12 +103,12 @@ struct GridPlan {
 
 inline GridPlan plan_grid(int64_t items, int64_t units, int64_t resident_blocks) {
   const int64_t most = std::max<int64_t>(1, std::min<int64_t>(items, resident_blocks / units));
-  const int64_t rounds = (items + most - 1) / most;  // the same for all blocks, so that none runs alone at the end
+  const int64_t rounds = (items + most - 1) / most;  // items per block, balanced so that no block runs alone at the end
   const int64_t workers = std::max<int64_t>(1, (items + rounds - 1) / std::max<int64_t>(1, rounds));
   return {static_cast<uint32_t>(workers), static_cast<uint32_t>(workers * units)};
 }
 
-// The items of a block. Consecutive blocks have consecutive units.
+// The items that a block processes. Consecutive blocks have consecutive units.
 struct BlockShare {
   int head;
   uint32_t type;

@@ -1,14 +1,15 @@
-// The decomposed relative position of SAM and ViTDet, axis_tables, in the plain kernels for long windows.
+// Decomposed relative positions (axis_tables), as in SAM and ViTDet, for the plain kernels for long windows.
 //
-// Maths     score(i, j) += sum over the two axes a of q_i . R_a[i_a - j_a + w_a - 1], with q unscaled. A column belongs
-//           to a coordinate of a key on one axis, kAxisColumns per axis: A[i, c of a] = q_i . R_a[i_a - c + w_a - 1].
+// Maths     score(i, j) += sum over the two axes a of q_i . R_a[i_a - j_a + w_a - 1], with q unscaled. The matrix A has
+//           kAxisColumns columns per axis, one per key coordinate c: A[i, c of a] = q_i . R_a[i_a - c + w_a - 1].
 //           E[c of a, j] is one if key j has coordinate c on axis a, else zero, so the bias is A E.
-// Steps     A warp multiplies its 16 queries by all rows of both tables, writes the products to shared memory, and reads
-//           A from there as fragments, once per block of queries. A step of 16 keys then takes eight more products. E is
-//           not stored: each lane has the addresses of rows of an identity matrix, from which ldmatrix assembles E.
-// Rounding  The tables are float32: each is split into two numbers of the maps' type, scaled into float16's range by a
-//           power of two. A is split into two bfloat16 numbers for maps of either type, because it may exceed float16's
-//           range.
+// Steps     A warp multiplies its 16 queries by all rows of both tables, writes the products to shared memory, and
+//           reads A from there as fragments, once per block of queries. Each step of 16 keys then takes eight more mma.
+//           E is not stored: each lane has the addresses of rows of an identity matrix, from which ldmatrix assembles
+//           E.
+// Rounding  The tables are float32. Each entry is split into a high and a low part of the maps' type; for float16, the
+//           tables are first scaled into its range by a power of two. A is split into two bfloat16 parts for maps of
+//           either type, because it may exceed float16's range.
 // Limits    2D windows with up to kAxisColumns tokens per axis; head_dim as for all plain kernels.
 #pragma once
 
@@ -18,16 +19,17 @@
 
 namespace swinkernels::cuda {
 
-constexpr int kAxisColumns = kMaxAxisTablesWindow;  // columns of an axis
+constexpr int kAxisColumns = kMaxAxisTablesWindow;  // columns of A per axis
 constexpr int kAxisRows = 4 * kAxisColumns;         // rows of both tables in shared memory, at most 62 of them used
-constexpr int kAxisWords = 2 * kAxisColumns;        // words of a query's row of A: two parts of both axes' columns
+constexpr int kAxisWords = 2 * kAxisColumns;        // words in a row of A: both axes' columns, in two parts
 
 // Returns the number of rows of both tables.
 __host__ __device__ __forceinline__ int axis_rows(const WindowLayout& layout) {
   return 2 * (layout.window[1] + layout.window[2]) - 2;
 }
 
-// Splits two numbers into the sum of two packed pairs of 16-bit numbers.
+// Splits each of two floats into the sum of a high and a low 16-bit part. `high` and `low` hold the parts of both
+// floats.
 template <class T>
 __device__ __forceinline__ void split2(float first, float second, uint32_t& high, uint32_t& low) {
   high = pack2<T>(first, second);
@@ -35,17 +37,17 @@ __device__ __forceinline__ void split2(float first, float second, uint32_t& high
   low = pack2<T>(first - rounded.x, second - rounded.y);
 }
 
-// The tables, times a factor, in shared memory: unit * (high + low).
+// Both tables times a factor, in shared memory, stored as unit * (high + low).
 template <class Traits>
 struct AxisTables {
   using T = typename Traits::T;
   using Tile = SmemTile<T, Traits::kHeadDim>;
   alignas(128) T high[kAxisRows * Traits::kHeadDim];
   alignas(128) T low[kAxisRows * Traits::kHeadDim];
-  alignas(16) float largest[16];  // of each warp
-  float unit;                     // one in bfloat16
+  alignas(16) float largest[16];  // largest entry found by each warp
+  float unit;                     // a power of two; 1 in bfloat16
 
-  // Called by all threads of a block, which then synchronise.
+  // All threads of the block must call this and then synchronise.
   __device__ __forceinline__ void fill(const WindowLayout& layout, const float* tables, int head_dim, float factor) {
     const int rows = axis_rows(layout);
     int exponent = 0;
@@ -57,7 +59,7 @@ struct AxisTables {
       if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = found;
       __syncthreads();
       for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) found = fmaxf(found, largest[warp]);
-      // The largest entry becomes about 2 ** 13, so the smaller part of an entry is only denormal if the entry is tiny.
+      // The largest entry becomes about 2 ** 13, so the low part of an entry is only denormal if the entry is tiny.
       exponent = max((__float_as_int(found) >> 23) - 127 - 13, -100);
       factor *= power_of_two(-exponent);
     }
@@ -74,19 +76,19 @@ struct AxisTables {
   }
 };
 
-// E as the right operand of products, in shared memory: with kKeysAreColumns for A E, else for dS E^T.
+// E as the right operand of matrix products, in shared memory: for A E if kKeysAreColumns, otherwise for dS E^T.
 template <class T, bool kKeysAreColumns>
 struct KeyColumns {
   alignas(16) T identity[2][kAxisColumns][8];  // two chunks of 8 columns
 
-  // After this struct: for every 16 keys and each lane, the places of the rows that it passes to two ldmatrix, in bytes
-  // from the start of shared memory. `keys` is a multiple of 16.
+  // Returns the array that follows this struct in shared memory: for every 16 keys and each lane, the rows that the
+  // lane passes to two ldmatrix, as byte offsets from the start of shared memory. `keys` is a multiple of 16.
   __device__ __forceinline__ int2* places() { return reinterpret_cast<int2*>(this + 1); }
   __host__ __device__ static int bytes(int keys) {
     return static_cast<int>(sizeof(KeyColumns)) + 2 * keys * static_cast<int>(sizeof(int2));
   }
 
-  // Called by all threads of a block, which then synchronise.
+  // All threads of the block must call this and then synchronise.
   __device__ __forceinline__ void fill(const WindowLayout& layout, int keys) {
     for (int i = threadIdx.x; i < 8 * kAxisColumns; i += blockDim.x) {
       const int chunk = i / (4 * kAxisColumns), row = i / 4 % kAxisColumns, pair = i % 4, col = 8 * chunk + 2 * pair;
@@ -98,7 +100,7 @@ struct KeyColumns {
       int32_t place[2];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        // Matrices of 8 keys and 8 columns: a load has both axes of 8 keys, or one axis of 16 keys.
+        // The matrices have 8 keys and 8 columns: one ldmatrix loads both axes of 8 keys, or one axis of 16 keys.
         const int key = i / 32 * 16 + (kKeysAreColumns ? 8 * n + lane % 8 : lane % 16);
         const int axis = kKeysAreColumns ? lane / 16 : n, chunk = kKeysAreColumns ? lane / 8 % 2 : lane / 16;
         const int32_t token = PackedToken::of(layout, min(key, layout.window[1] * layout.window[2] - 1));
@@ -108,7 +110,7 @@ struct KeyColumns {
     }
   }
 
-  // Loads E for 16 keys: with kKeysAreColumns e[j] belongs to 8 keys, else e[axis] to 16 columns.
+  // Loads E for 16 keys: if kKeysAreColumns, e[j] has 8 keys; otherwise e[axis] has the 16 columns of an axis.
   __device__ __forceinline__ void load(uint32_t (&e)[2][4], int key) {
     const int2 place = places()[2 * key + threadIdx.x % 32];
     if constexpr (kKeysAreColumns) {
@@ -123,14 +125,14 @@ struct KeyColumns {
 
 using ScoreColumns = KeyColumns<__nv_bfloat16, true>;
 
-// A of a warp's 16 queries: fragments of its high part for both axes, then of its low part.
+// The rows of A for a warp's 16 queries: fragments of the high part for both axes, then of the low part.
 template <class Traits>
 struct AxisBias : RowFragments<__nv_bfloat16, 4 * kAxisColumns> {
   using T = typename Traits::T;
-  static constexpr int kStride = kAxisRows;  // floats of a row of products
+  static constexpr int kStride = kAxisRows;  // floats per row of products
 
-  // Computes A for 16 queries. `packed` has their PackedTokens. `first_rows` and `last_rows`, 8 * kStride floats each,
-  // are scratch memory for the products of the first and of the last 8 queries.
+  // Computes A for 16 queries, whose PackedTokens are in `packed`. `first_rows` and `last_rows`, 8 * kStride floats
+  // each, are scratch memory for the products of the first and of the last 8 queries.
   __device__ __forceinline__ void set(const RowFragments<T, Traits::kHeadDim>& q, const WindowLayout& layout,
                                       AxisTables<Traits>& tables, const int32_t* packed, float* first_rows,
                                       float* last_rows) {
@@ -174,7 +176,7 @@ struct AxisBias : RowFragments<__nv_bfloat16, 4 * kAxisColumns> {
     __syncwarp();
   }
 
-  // Stores the low part to rows row0.. of a tile of 16-bit numbers, and loads it again.
+  // Store the low part in a tile of 16-bit numbers, from row row0 on, and load it from there.
   template <class Tile>
   __device__ __forceinline__ void store_low(const Tile& tile, int row0) const {
     uint32_t packed[4][2];
@@ -192,7 +194,7 @@ struct AxisBias : RowFragments<__nv_bfloat16, 4 * kAxisColumns> {
     for (int axis = 0; axis < 2; ++axis) ptx::ldmatrix_x4(this->a[2 + axis], tile.square(row0, 2 * axis));
   }
 
-  // Sets x to x * factor + the bias of 16 keys.
+  // Sets x to x * factor + bias, for the 16 keys from `key` on.
   __device__ __forceinline__ void add(float (&x)[2][4], float factor, ScoreColumns& columns, int key) const {
     uint32_t e[2][4];
     columns.load(e, key);

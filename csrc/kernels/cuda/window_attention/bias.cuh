@@ -51,7 +51,7 @@ template <int kTiles>
 __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bias& bias, int row0, int col0,
                                           int num_tokens, int first_row = 0, int first_col = 0) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  // Queries past the window get the bias of the last query. Their scores are never read.
+  // Queries past the window use the bias of the last query. Their scores are never read.
   const int rows[2] = {min(row0 + g, num_tokens - 1), min(row0 + g + 8, num_tokens - 1)};
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {

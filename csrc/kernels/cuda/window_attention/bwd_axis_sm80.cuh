@@ -1,12 +1,14 @@
-// Window attention backward with axis_tables (axis_tables.cuh): the parts that the kernels of bwd_long_sm80.cuh lack.
+// Window attention backward with axis_tables (axis_tables.cuh): the additions to the kernels of bwd_long_sm80.cuh.
 //
-// Maths     dA = dS E^T; dR[i, r of a] = dA[i, c of a] where i_a - c + w_a - 1 = r; dq += dR R; dR_a^T q is the share of
-//           a window and head in dR_a.
-// Steps     The first kernel stores A for the other two kernels. The query kernel adds dR R to dq and stores dR. The
-//           last kernel multiplies dR by q: a warp has 16 rows of the tables, in registers for all windows of its block.
-// Rounding  dR is rounded to the maps' type once; in float16, times a power of two if it would exceed the range.
+// Maths     dA = dS E^T; dR[i, r of a] = dA[i, c of a] where i_a - c + w_a - 1 = r; dq += dR R; dR_a^T q is the
+//           contribution of a window and head to the gradient of table R_a.
+// Steps     The first kernel stores A for the query kernel and the key kernel. The query kernel adds dR R to dq and
+//           stores dR. The last kernel multiplies dR^T by q: a warp computes 16 rows of the tables' gradients, and
+//           keeps their sums over all windows of its block in registers.
+// Rounding  dR is rounded to the maps' type once; for float16, it is first scaled by a power of two if it would exceed
+//           the range.
 // Order     No atomics: reduce_partials.cu adds the blocks' sums in order.
-// Traffic   For each query and head, A and dR take 128 bytes each, written and read; q is read twice more.
+// Traffic   For each query and head, A and dR are written and read, 128 bytes each; q is read two more times.
 #pragma once
 
 #include "axis_tables.cuh"
@@ -18,8 +20,8 @@ namespace swinkernels::cuda {
 struct AxisArguments {
   const float* tables;
   uint32_t* products;  // A: (queries of all windows and heads, kAxisWords)
-  uint32_t* drows;     // dR: (queries of all windows and heads, kAxisRows / 2); null if the gradient is not wanted
-  int32_t* exponents;  // of dR, in float16: (windows, heads, strips)
+  uint32_t* drows;     // dR: (queries of all windows and heads, kAxisRows / 2); null if the gradient is not needed
+  int32_t* exponents;  // exponents of dR, for float16: (windows, heads, strips)
   float* partials;     // (blocks of the last kernel, rows of both tables, head_dim)
 };
 
@@ -32,13 +34,13 @@ struct AxisProductsSmem {
   AxisTables<Traits> tables;
 
   template <int kMaps>
-  static int bytes(const LongArguments<kMaps>& args) {  // the tokens are after this struct
+  static int bytes(const LongArguments<kMaps>& args) {  // the tokens follow this struct
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
     return static_cast<int>(sizeof(AxisProductsSmem)) + LongTokens::bytes(LongTokens::terms_of(args.layout), capacity);
   }
 };
 
-// Stores A of every query. Each block of four warps walks over windows of one head.
+// Stores A of every query. Each block of four warps loops over windows of one head.
 template <class Traits, class Arguments>
 __global__ void __launch_bounds__(128)
     window_attention_bwd_axis_products_kernel(const __grid_constant__ Arguments args) {
@@ -96,13 +98,13 @@ template <class Traits>
 struct AxisStripSmem {
   using T = typename Traits::T;
   using DscoreColumns = KeyColumns<T, false>;
-  static constexpr int kStride = 2 * kAxisColumns + 8;  // floats of a row of dA; eight rows are in different banks
+  static constexpr int kStride = 2 * kAxisColumns + 8;  // floats per row of dA, padded to avoid bank conflicts
 
   AxisTables<Traits>* tables;
   __nv_bfloat16* products;  // A of the strip's queries
-  T* drows;                 // at last dR of the strip's queries, in place of A
-  float* dproducts;         // dA: (key groups, rows, kStride); at last the sums over the groups in the first group
-  int32_t* exponents;       // of each warp's part of dA, in float16
+  T* drows;                 // dR of the strip's queries, which finally replaces A
+  float* dproducts;         // dA: (key groups, rows, kStride); finally the first group holds the sum over all groups
+  int32_t* exponents;       // exponents of the warps' parts of dA, for float16
   ScoreColumns* columns;
   DscoreColumns* dcolumns;
 
@@ -123,7 +125,7 @@ struct AxisStripSmem {
   }
 };
 
-// Starts the copies of the rows first..first + rows of A to a tile; rows past the window become zero.
+// Starts copying rows [first, first + rows) of A to a tile; rows past the window become zero.
 __device__ __forceinline__ void copy_axis_products(const uint32_t* products, __nv_bfloat16* tile, int first, int rows,
                                                    int num_tokens) {
   using Tile = SmemTile<__nv_bfloat16, 4 * kAxisColumns>;
@@ -148,9 +150,9 @@ __device__ __forceinline__ void add_dproducts(float (&da)[4][4], const uint32_t 
   for (int n = 0; n < 4; ++n) ptx::mma_m16n8k16(da[n], ds, {e[n / 2][n % 2 * 2], e[n / 2][n % 2 * 2 + 1]}, T{});
 }
 
-// Computes dR of a strip from the key groups' parts of dA, and dR R, times 2 ** -exponent. All threads call it after a
-// barrier that follows the writing of dA; the caller synchronises before it reads `share`, (rows, stride). Returns the
-// exponent, the same in all threads.
+// Computes dR of a strip and `share` (rows, share_stride) = dR R from the key groups' parts of dA, both times 2 **
+// -exponent. Returns the exponent, which is the same in all threads. All threads must call this, after a barrier that
+// follows the writes to dA; another barrier must precede the reads of `share`.
 template <class Traits>
 __device__ __forceinline__ int finish_dproducts(const AxisStripSmem<Traits>& smem, const WindowLayout& layout,
                                                 const int32_t* packed, int rows, int key_groups, float* share,
@@ -182,7 +184,8 @@ __device__ __forceinline__ int finish_dproducts(const AxisStripSmem<Traits>& sme
     for (int n = 0; n < static_cast<int>(blockDim.x) / 32; ++n) exponent = max(exponent, smem.exponents[n]);
     factor = power_of_two(-exponent);
   }
-  // A lane has two neighbouring rows of the tables; a query with coordinate x meets them at columns x + offset.
+  // A lane computes two neighbouring columns of dR, each for one row of the tables. A query with coordinate x uses this
+  // row for the key coordinate x + offset.
   int shift[2], offset[2], window[2];
   const float* dproducts[2];
 #pragma unroll
@@ -205,7 +208,7 @@ __device__ __forceinline__ int finish_dproducts(const AxisStripSmem<Traits>& sme
   }
   __syncthreads();
 
-  // The warps that share 16 queries take turns at the columns of dR R.
+  // The warps that share 16 queries divide the columns of dR R among themselves.
   using Table = typename AxisTables<Traits>::Tile;
   const int group = warp % key_groups, row0 = warp / key_groups * 16;
   const float unit = smem.tables->unit;
@@ -246,7 +249,7 @@ __device__ __forceinline__ void store_drows(const T* tile, uint32_t* to, int fir
   }
 }
 
-// E^T of a warp's 16 keys as the left operand of products with a query's row of A.
+// Sets `e` to E^T of a warp's 16 keys, as the left operand of products with the queries' rows of A.
 __device__ __forceinline__ void key_fragments(RowFragments<__nv_bfloat16, 4 * kAxisColumns>& e, const int32_t* packed) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -269,13 +272,13 @@ struct AxisSumsSmem {
   alignas(128) T drows[2][kBlock * kAxisRows];
 
   template <int kMaps>
-  static int bytes(const LongArguments<kMaps>& args) {  // the tokens are after this struct
+  static int bytes(const LongArguments<kMaps>& args) {  // the tokens follow this struct
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
     return static_cast<int>(sizeof(AxisSumsSmem)) + LongTokens::bytes(LongTokens::terms_of(args.layout), capacity);
   }
 };
 
-// Sums dR^T q over windows of one head. Each of the four warps has 16 rows of the tables.
+// Sums dR^T q over windows of one head. Each of the four warps computes 16 rows of the tables' gradients.
 template <class Traits, class Arguments>
 __global__ void __launch_bounds__(128, 4)
     window_attention_bwd_axis_tables_kernel(const __grid_constant__ Arguments args) {

@@ -1,10 +1,10 @@
 // Window attention backward: the gradient of the bias of long windows, computed after the other gradients
 // (bwd_sm80.cuh).
 //
-// Maths     dbias[i, j] = sum over windows of ds_ij, with lse and delta as stored by the other kernel.
-// Tiling    A block processes the same 64 (or 32) queries and as many keys in all of its windows, so that the running
-//           sum stays in registers, 16 queries per warp. The sum for a whole window does not fit into registers. Keeping
-//           it in memory would move 12 times as many bytes per window as q, k, v and dout have, at 343 tokens and
+// Maths     dbias[i, j] = sum over windows of ds_ij, with lse and delta as stored by the kernel in bwd_sm80.cuh.
+// Tiling    A block processes the same 64 (or 32) queries and the same number of keys in all of its windows, so that
+//           the running sum stays in registers, 16 queries per warp. The sum for a whole window does not fit into
+//           registers. In memory, it would cause 12 times the traffic of q, k, v and dout per window, at 343 tokens and
 //           head_dim 16.
 // Order     There are no atomics, as in bwd_sm80.cuh.
 // Traffic   every pair of a block of queries and a block of keys reads its rows of q, dout, k and v, mostly from L2: 4

@@ -16,7 +16,7 @@
 namespace swinkernels::cuda {
 
 // The partial sums of all blocks are stored in the order of the blocks. A pointer is null if the gradient is not
-// wanted.
+// needed.
 struct BackwardArguments : WindowArguments<7> {
   const float* lse;
   float2* lse2_delta;     // laid out like lse; the kernel for long windows passes them to the kernel for dbias
@@ -53,8 +53,7 @@ __device__ __forceinline__ void to_dscores(float (&p)[kTiles][4], const float (&
   }
 }
 
-// Turns the gradient with respect to the weights after dropout into the gradient with respect to the weights before
-// dropout.
+// Turns the gradient of the attention weights after dropout into the gradient of the attention weights before dropout.
 template <int kTiles>
 __device__ __forceinline__ void undrop(float (&dp)[kTiles][4], uint32_t kept, float dropout_scale) {
   drop(dp, kept);
@@ -104,8 +103,8 @@ __device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
   }
 }
 
-// Adds those of this warp's 16 rows that belong to pad tokens to `sum`, one value per column. is_pad is for this
-// thread's two rows.
+// Of this warp's 16 rows, adds those of pad tokens, times factor, to `sum`, which has one value per column. is_pad
+// refers to this thread's two rows.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
                                              const bool (&is_pad)[2]) {
@@ -124,7 +123,7 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
   }
 }
 
-// Like the function above, for rows from `first` on. Tokens whose address is zero are pad tokens.
+// Like the function above, for the 16 rows from `first` on. Tokens whose address in `rows` is zero are pad tokens.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
                                              const uint64_t* rows, int first, int num_tokens) {
@@ -150,8 +149,8 @@ __device__ __forceinline__ void write_pad_partial(const BackwardArguments& args,
   if (args.pad_partials != nullptr) write_pad_sums(args.pad_partials, args.head_dim, sums);
 }
 
-// Writes the block's partial sum of dlogit_scale, given the sum of each thread's rows, which is the same in all lanes
-// of a quad. All threads must call this. `sums` is unused shared memory.
+// Writes the block's partial sum of dlogit_scale. `sum` is the sum over a thread's rows, the same in all lanes of a
+// quad. All threads must call this. `sums` is unused shared memory.
 template <class Traits>
 __device__ __forceinline__ void write_logit_partial(const BackwardArguments& args, float (&sums)[Traits::kWarps],
                                                     float sum, int head) {
@@ -167,8 +166,8 @@ __device__ __forceinline__ void write_logit_partial(const BackwardArguments& arg
   args.logit_partials[blockIdx.x] = is_clamped(args.logit_scale[head]) ? 0.0f : total;
 }
 
-// Writes p, after dropout, to the tile from which dv is computed. Dropped weights are zero; the others are not scaled
-// up, because that might exceed the range of float16.
+// Writes p, after dropout, to the tile from which dv is computed. Dropped attention weights are zero; the others are
+// not scaled up, because they might then exceed the range of float16.
 template <int kTiles, class PTile>
 __device__ __forceinline__ void write_weights(const PTile& tile, int row0, const float (&p)[kTiles][4], uint32_t kept,
                                               bool has_dropout) {

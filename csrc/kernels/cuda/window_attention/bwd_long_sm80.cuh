@@ -2,12 +2,13 @@
 // axis_tables (bwd_axis_sm80.cuh). Other long windows use bwd_sm80.cuh.
 //
 // Maths     As in bwd_sm80.cuh and, for v2, cosine.cuh, with seven products of blocks: three in the query kernel, which
-//           also sums dbias, and four in the key kernel, which gets lse and delta from the query kernel.
+//           also sums dbias, and four in the key kernel, which reads the delta that the query kernel stored.
 // Queries   A block processes one strip of a head's queries after another, 16 rows per warp, against all keys of a
 //           window. Each warp has up to 64 of these keys, so P, dP and the running dbias of its part stay in registers
-//           (dbias for all windows of the block), and nothing is computed twice. Warps of the same rows exchange their
-//           parts of delta and dq through shared memory. At the end of each strip, the block writes its share of the
-//           gradient of the table or the dense bias. For v2, unit rows replace k once the scores have been computed.
+//           (dbias for all windows of the block), and nothing is computed twice. Warps with the same rows exchange
+//           their parts of delta and dq through shared memory. At the end of each strip, the block writes its share of
+//           the gradient of the table or the dense bias. For v2, unit rows replace k once the scores have been
+//           computed.
 // Keys      A block of four warps processes blocks of 64 keys of one window and head, 16 keys per warp; queries arrive
 //           in blocks of 64. The rows of the transposed scores are keys, so P and dS are directly the left operands of
 //           the products for dv and dk. For v2, dk is a product with a second tile, of unit rows of q.
@@ -27,21 +28,21 @@ namespace swinkernels::cuda {
 struct BackwardLongArguments : LongArguments<7> {
   const float* lse;
   float* delta;           // laid out like lse; the query kernel passes it to the key kernel
-  float* table_partials;  // (blocks of the query kernel, table entries), null if not wanted
-  float* pad_partials;    // (blocks of the key kernel, 2, head_dim) for k and v, null if not wanted
+  float* table_partials;  // (blocks of the query kernel, table entries), or null if not needed
+  float* pad_partials;    // (blocks of the key kernel, 2, head_dim) for k and v, or null if not needed
   // For the query kernel: the division of a strip among warps, and of a unit's strips among blocks.
   int32_t key_groups, row_tiles, strips;
   uint32_t strip_workers, window_workers;  // parallel blocks of a unit
-  // For the key kernel: items of a window, each with this many blocks of keys.
+  // For the key kernel: items per window, blocks of keys per item, and the number of items of a unit.
   uint32_t splits, key_blocks, long_items;
-  float* dense_partials;  // (window workers, heads, N, N) for a dense bias, null if not wanted
-  float* logit_partials;  // (blocks of the query kernel), null if not wanted
+  float* dense_partials;  // (window workers, heads, N, N) for a dense bias, or null if not needed
+  float* logit_partials;  // (blocks of the query kernel), or null if not needed
   AxisArguments axes;
 };
 
 constexpr int kMostSteps = 4;  // steps of 16 keys per warp, in the query kernel
 
-// The most warps in a block of the query kernel: 16 leave a thread 128 registers, 12 leave 168.
+// The maximum number of warps in a block of the query kernel: 16 leave a thread 128 registers, 12 leave 168.
 template <class Traits, bool kCosine>
 constexpr int kMostQueryWarps = Traits::kHeadDim <= 32 && !kCosine ? 16 : 12;
 
@@ -51,14 +52,14 @@ struct QueryStripSmem {
   using AxisSmem = AxisStripSmem<Traits>;
   static constexpr int kBiasTiles = 2 * kMostSteps;
   static constexpr int kGroups = kMostQueryWarps<Traits, false>;
-  static constexpr int kGradientStride = Traits::kHeadDim + 8;  // floats of a row; eight rows are in different banks
+  static constexpr int kGradientStride = Traits::kHeadDim + 8;  // floats per row, padded to avoid bank conflicts
 
   T *q, *dout, *k, *v;
   float* dq;              // (key groups, rows, kGradientStride), in place of v
   float4* fragments;      // (warps, kBiasTiles, 32): the bias; at the end of a strip, its dbias
   float* delta;           // (rows, kGroups): each key group's part
   AxisSmem axes;          // with axis_tables, in place of the fragments
-  unsigned char* tokens;  // then the norms of v2
+  unsigned char* tokens;  // followed, in v2, by the norms
 
   struct Counts {
     int rows, keys, fragments, v_bytes;
@@ -95,15 +96,15 @@ struct QueryStripSmem {
   }
 };
 
-// Starts the copies of `rows` rows of two maps, from token `first` on, by all threads. Rows past the window and columns
-// past head_dim become zero.
+// Starts copying `rows` rows of two maps, from token `first` on. All threads must call this. Rows past the window and
+// columns past head_dim become zero.
 template <class Traits>
 __device__ __forceinline__ void copy_long_rows(const BackwardLongArguments& args, const int (&list)[2], uint32_t batch,
                                                int head, typename Traits::T* const (&tiles)[2], const uint32_t* numbers,
                                                int first, int rows) {
   using Tile = SmemTile<typename Traits::T, Traits::kHeadDim>;
   using T = typename Traits::T;
-  const int chunk = threadIdx.x % Tile::kChunks;  // equal for every row, as a block has whole warps
+  const int chunk = threadIdx.x % Tile::kChunks;  // equal for every row, as a block consists of whole warps
   const int limit = chunk * 16 < args.row_bytes ? args.num_tokens : 0;
   const uint64_t base[2] = {chunk_base(args.regular[list[0]], batch, head, chunk),
                             chunk_base(args.regular[list[1]], batch, head, chunk)};
@@ -129,8 +130,9 @@ __device__ __forceinline__ void copy_long_rows(const BackwardLongArguments& args
   }
 }
 
-// Adds a strip's dbias, in the warps' shared fragments, to the block's share of the gradient of the table's column. An
-// entry is the sum over the pairs of tokens with the entry's relative offset, which determines the key for every query.
+// Adds a strip's dbias, which the warps have written to smem.fragments, to the block's share of the gradient of the
+// table's column. An entry is the sum over the pairs of tokens with the entry's relative offset, which determines the
+// key for every query.
 template <class Traits>
 __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardLongArguments& args,
                                                    const QueryStripSmem<Traits, false>& smem, const LongTokens& tokens,
@@ -147,7 +149,7 @@ __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardL
     for (int i = max(first, distance); i < end; ++i) {
       const int j = i - distance;
       if (tokens.offset[i] - tokens.offset[j] != offset) continue;
-      // The warp that has this key, and the key's position in the warp's fragments.
+      // Find the warp that has this key, and the key's position in the warp's fragments.
       const int step = j / 16;
       const int group = step < longer * (base + 1) ? step / (base + 1) : longer + (step - longer * (base + 1)) / base;
       const int first_step = group * base + min(group, longer);
@@ -195,7 +197,8 @@ __device__ __forceinline__ void write_strip(const BackwardLongArguments& args, c
   }
 }
 
-// Writes rows of a tile with unit length to the same tile or to another one, by all threads.
+// Normalises rows of tile `from` to unit length and writes them to tile `to`, which may be the same tile. All threads
+// must call this.
 template <class Tile>
 __device__ __forceinline__ void copy_unit_rows(const Tile& from, const Tile& to, int rows, const float* inverse_norms) {
   using T = typename Tile::T;
@@ -229,7 +232,7 @@ __device__ __forceinline__ float to_chunk_gradient(float (&sum)[8], const Tile& 
   return dot;
 }
 
-// Writes the block's share of dlogit_scale: its threads' sums. `sums` is unused shared memory.
+// Writes the block's share of dlogit_scale: the total of its threads' sums. `sums` is unused shared memory.
 __device__ __forceinline__ void write_logit_sum(const BackwardLongArguments& args, float* sums, float sum, int head) {
   if (args.logit_partials == nullptr) return;
 #pragma unroll
@@ -311,7 +314,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
 #pragma unroll 1
     for (uint32_t item = ptx::opaque(share.first) / args.strip_workers; item < args.items;
          item += args.window_workers) {
-      // Values derived from these are recomputed for every window, because registers are scarce.
+      // `place` and the values derived from it are recomputed for every window, because registers are scarce.
       const WarpPlace place = whole_place.again();
       const int steps = place.steps(), key0 = place.first_key();
       const float4* const own_bias = smem.fragments + ptx::opaque(first_fragment);
@@ -332,7 +335,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
       int32_t row_region[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // Infinite for a pad query and for rows past the window: their P is zero.
+        // lse2 is infinite for pad queries and for rows past the window, so that their P is zero.
         const int query = first + place.row0() + g + 8 * half;
         lse2[half] = INFINITY;
         if (query < num_tokens && tokens.number[query] < kPadNumber) {
@@ -345,7 +348,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
 
       float p[kMostSteps][2][4] = {}, dp[kMostSteps][2][4] = {};
       {
-        float factor2[2] = {args.scale * kLog2E, args.scale * kLog2E};  // of the scores of this thread's two rows
+        float factor2[2] = {args.scale * kLog2E, args.scale * kLog2E};  // for the scores of this thread's two rows
         if constexpr (kCosine) {
           const float* const own_norms = norms.q + first + place.row0() + g;
           const float factor = score_factor(args, head) * kLog2E;
@@ -378,7 +381,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
             }
           }
           if (mixed) {
-            if constexpr (kHasNarrowRange<T>) {  // the exponent takes the register of a region
+            if constexpr (kHasNarrowRange<T>) {  // reloaded, because the exponent needs a register
               const int32_t* const own_region = tokens.region + first + whole_place.again().row0() + g;
               row_region[0] = own_region[0];
               row_region[1] = own_region[8];
@@ -408,7 +411,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
           own_delta[8 * Smem::kGroups + again.group()] = delta.x[1];
         }
         __syncthreads();
-        if constexpr (kCosine) {  // the scores have been computed from the original rows
+        if constexpr (kCosine) {  // the original rows of k are no longer needed
           copy_unit_rows(Tile{smem.k}, Tile{smem.k}, 16 * all_steps, norms.k);
           __syncthreads();
         }
@@ -553,8 +556,8 @@ struct KeyBlockSmem {
   alignas(128) T q_dout[2][2][kBlock * Traits::kHeadDim];
   alignas(16) float pad_sums[kThreads / 32][2][Traits::kHeadDim];
 
-  // After this struct: with axis_tables two stages of A, then lse and delta of every query, the table, the tokens; for
-  // v2 also the norms and a tile of unit rows of q.
+  // This struct is followed by two stages of A (with axis_tables), lse and delta of every query, the table, the tokens
+  // and, for v2, the norms and a tile of unit rows of q.
   static constexpr int kProductsBytes = kHasAxes ? 2 * kBlock * kAxisWords * 4 : 0;
   static int bytes(const BackwardLongArguments& args) {
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
@@ -630,7 +633,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
       const int first = block * kBlock, row = first + row0 + g;
       const bool has_rows = first + row0 < num_tokens;
       {
-        // Recomputed for every block, because registers are scarce.
+        // The addresses are recomputed for every block, because registers are scarce.
         const uint32_t batch = ptx::opaque(index.batch);
         const uint64_t kv_base[2] = {chunk_base(args.regular[1], batch, head, copies.chunk),
                                      chunk_base(args.regular[2], batch, head, copies.chunk)};
@@ -638,9 +641,9 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
         ptx::cp_async_commit();
       }
       RowFragments<T, Traits::kHeadDim> k, v;
-      RowBiasKind bias;  // with axis_tables, the keys' columns
+      RowBiasKind bias;  // with axis_tables, E^T of the keys
       int32_t row_region[2];
-      float factors[2] = {factor2, factor2};  // of the scores of this thread's two rows
+      float factors[2] = {factor2, factor2};  // for the scores of this thread's two rows
       float dk[kColTiles][4] = {}, dv[kColTiles][4] = {};
       [[maybe_unused]] int exponent = 0;  // dk is scaled by 2 ** -exponent
 
@@ -659,7 +662,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           v.load(Tile{smem.kv[1]}, row0);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            // A key past the window has the last key's bias: its sums are never read.
+            // Keys past the window use the bias of a key in the window. Their sums are never read.
             if constexpr (!kHasAxes) bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
             if constexpr (kCosine) factors[half] = factor2 * norms.k[row + 8 * half];
@@ -709,7 +712,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           pack_fragment<T>(fragment, p);
           add_fragment_b<T>(dv, fragment, dout, 16 * step);
           if constexpr (kHasNarrowRange<T>) {
-            // A key past the window may have any score. Its sums are never read, but must not set the exponent.
+            // A key past the window may have any score. Its sums are never read, but they must not raise the exponent.
             if (first + row0 + 16 > num_tokens) {
 #pragma unroll
               for (int j = 0; j < 2; ++j) {

@@ -1,4 +1,4 @@
-// Window attention backward, map to map, for short windows in 16 bits, which are the most common calls (see
+// Window attention backward, map to map, for short windows of 16-bit elements, the most common calls (see
 // is_short16() in short16.cuh). This kernel executes two thirds as many instructions as the general kernel
 // (bwd_sm80.cuh).
 //
@@ -10,8 +10,8 @@
 // Order     No atomics: a block adds its windows in order, and reduce_partials.cu adds the blocks' sums in order.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 14 * B * S * C bytes, plus lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 544 MB, 162 us at 3.35 TB/s (H100 SXM, published
-//           peak). Executed instructions on sm_90, counted: 2,824 per window and head; 75 us of issue slots. 154
-//           registers, 65 KB: three blocks, 12 warps per multiprocessor.
+//           peak). Executed instructions, counted in the sm_90 code: 2,824 per window and head; 75 us of issue
+//           slots. 154 registers, 65 KB: three blocks, 12 warps per multiprocessor.
 // Limits    see short16.cuh; other calls use the general kernel.
 #pragma once
 
@@ -66,7 +66,7 @@ __device__ __forceinline__ void finish_gradient(const Tile& tile, int row0, int 
   own.store(tile.data, maps, map, window);
 }
 
-// Rounds 16 rows, writes them to rows row0.. of a tile, and packs them as operands of a product.
+// Rounds 16 rows, writes them to a tile, from row row0 on, and packs them as operands of a product.
 template <class T, int kTiles, class Tile>
 __device__ __forceinline__ void write_rounded(const Tile& tile, int row0, const float (&x)[kTiles][4],
                                               uint32_t (&packed)[kTiles][2]) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
     }
     Window window;
     if constexpr (kStages == 1) {
-      __syncthreads();  // all reads of the previous window's tiles are over
+      __syncthreads();  // all reads of the previous window's tiles are done
       window = copy_window(0, item);
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
         if (args.pad_partials != nullptr) add_pad_rows(smem.pad_sums[row0 / 16][0], dk, key_factor, is_pad);
       }
       {
-        // dv may overwrite the rows of v, because dq has been stored from there before dk.
+        // dv may overwrite the rows of v, because dq has already been stored from them.
         float dv[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
         finish_gradient<Traits>(v, row0, num_tokens, dv, 1.0f, own, args.gradients, 2, window);

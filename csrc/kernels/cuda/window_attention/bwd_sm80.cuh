@@ -4,18 +4,18 @@
 //           ds = p * (dp - delta); dv = (d p)^T dout, dq = scale * ds k, dk = scale * ds^T q (for v2 see cosine.cuh),
 //           dbias[i, j] = sum of ds over windows, from which the table's gradient is gathered by relative offset.
 //           dpad_qkv is the sum of the rows of dk and dv that belong to pad tokens. The output of a pad query is
-//           dropped, so its dout and p are zero and it contributes nothing. With exact products, p is divided by its
+//           discarded, so its dout and p are zero and it contributes nothing. With exact products, p is divided by its
 //           row sum: lse is rounded, so the sum is not exactly one, and the resulting errors would have the same sign
 //           in a whole row of ds.
 // Tiling    Short windows (one block of keys): a block loops over windows of one head, and a warp has 16 queries with
 //           p, dp and the running dbias in registers. p and ds are transposed through shared memory for dv and dk, of
 //           which a warp computes 16 keys. Long windows: for each block of queries, the kernel sweeps over the keys
-//           twice, for delta and for dq; then, for each block of keys, over the queries for dk and dv. These are nine
+//           twice, for delta and for dq; then, for each block of keys, over the queries for dk and dv. This takes nine
 //           products of blocks (eleven for rows of more than 64 columns), compared with five for short windows. A
 //           separate kernel, bwd_bias_sm80.cuh, computes dbias. Most 16-bit calls use bwd_long_sm80.cuh instead.
 // Order     No atomics: a block adds its windows in order, and reduce_partials.cu adds the blocks' sums in order.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
-// Roofline  memory bound. For the most common case, which bwd_short16_sm80.cuh runs, the figures are in that file. At
+// Roofline  memory bound. The most common case runs the kernel in bwd_short16_sm80.cuh; see the figures there. At
 //           window 7 and head_dim 32: three blocks, 12 warps per multiprocessor.
 // Limits    see fwd_sm80.cuh.
 #pragma once
@@ -25,7 +25,7 @@
 namespace swinkernels::cuda {
 
 // Gathers the gradient of one head's column of the bias table from a dense dbias. An entry is the sum over the pairs
-// (i, j) that use it; the entry and i determine j. Entries that no pair uses get zero. token_index is both the
+// (i, j) that use it; the entry and i determine j. Entries that no pair uses are set to zero. token_index is both the
 // query_index and the key_index of every token, which are equal for a table without table_pairs.
 template <int kThreads>
 __device__ __forceinline__ void gather_table(float* table, const float* dense, int stride, const WindowLayout& layout,
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
       write_fragment<false>(ds_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
     }
     if (args.is_cosine()) {
-      __syncthreads();  // all reads of the original rows are over
+      __syncthreads();  // all reads of the original rows are done
       to_unit_rows(q, row0, smem.norms.q);
       to_unit_rows(k, row0, smem.norms.k);
       __syncthreads();
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
         const float value_factor = args.has_dropout() ? args.dropout_scale : 1.0f;
         float dv[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
-        __syncwarp();  // dq has left these rows
+        __syncwarp();  // dq has been stored from these rows
         write_fragment<true>(v, row0, dv, value_factor, value_factor, num_tokens, args.head_dim);
         store_rows(v, row0, tokens.row(6), 0, num_tokens, args.row_bytes, args.has_whole_rows());
         if (args.pad_partials != nullptr) {
@@ -320,10 +320,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   float logit_sum = 0.0f;
 
   // Computes p and dp for this warp's 16 rows of the query block in q and dout and for the key block in k and v;
-  // returns one bit per weight, set if dropout keeps the weight.
+  // returns one bit per attention weight, which is set if dropout keeps the weight.
   const auto recompute = [&](float (&p)[kTiles][4], float (&dp)[kTiles][4], int row0, uint32_t window, int query_block,
                              int key_block) {
-    // Values derived from these are recomputed on use, because registers are scarce.
+    // Values derived from row and col are recomputed on use, because registers are scarce.
     const int row = ptx::opaque(query_block * kBlock + row0), col = ptx::opaque(key_block * kBlock);
     Product::add_abt(p, q, row0, k);
     const float lse2[2] = {saved_lse2[row + g], saved_lse2[row + g + 8]};
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
       wait_for_copies();
       [[maybe_unused]] int own_exponent = exponent;
       {
-        // Queries past the window have an infinite lse, so p = 0. The initial zeros keep delta finite.
+        // Queries past the window have an infinite lse, so p = 0, and a finite delta, so ds = 0.
         float p[kTiles][4] = {}, dp[kTiles][4] = {};
         const uint32_t kept = recompute(p, dp, row0, window, query_block, key_block);
         write_weights(p_tile, row0, p, kept, args.has_dropout());
@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
         }
         write_fragment<false>(ds_tile, row0, p, 1.0f, 1.0f, kBlock, kBlock);
       }
-      if (args.is_cosine()) to_unit_rows(q, row0, smem.norms.q);  // only this warp has read them
+      if (args.is_cosine()) to_unit_rows(q, row0, smem.norms.q);  // only this warp has read these rows
       __syncthreads();
       float rescale = 1.0f;
       if constexpr (kHasNarrowRange<T>) {
@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
         }
         if (second) {
           if (args.is_cosine()) {
-            __syncthreads();  // all reads of the original rows are over
+            __syncthreads();  // all reads of the original rows are done
             to_unit_rows(k, row0, smem.norms.k);
             __syncthreads();
           }
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int at = row + g + 8 * half;
-            if constexpr (Product::kIsExact) {  // from here on p, computed from the lse, sums to one
+            if constexpr (Product::kIsExact) {  // from here on, p computed from the saved lse sums to one
               if (total.x[half] > 0.0f) {
                 delta.x[half] /= total.x[half];
                 if (t == 0) saved_lse2[at] += log2f(total.x[half]);

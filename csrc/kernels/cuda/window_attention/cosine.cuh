@@ -1,9 +1,9 @@
 // Cosine attention (v2), in which the rows of q and k are scaled to unit length: u = x / max(norm, 1e-12).
 //
-// Scores are products of the original rows, which are exact, divided by the norms in float. The rounding of unit rows
-// to the dtype would change scores of up to 100 by more than the last bit of a probability. Gradients are computed
+// Scores are computed from the original rows, which are exact, and divided by the norms in float. Rounding the unit
+// rows to the dtype would change scores of up to 100 by more than the last bit of a probability. Gradients are computed
 // from unit rows rounded to the dtype; this is as accurate as rounding any other operand, and cannot overflow.
-// With the gradient d of u without the factor,
+// If d is the gradient of u without the factor,
 //   dx = factor (d - u (u . d)) / max(norm, 1e-12).
 // For rows shorter than 1e-12, which are not scaled to unit length, u (u . d) is not subtracted. dlogit_scale is the
 // sum of factor (u . d) over the rows of q, or zero if logit_scale is clamped.
@@ -20,7 +20,7 @@
 namespace swinkernels::cuda {
 
 constexpr float kSmallestNorm = 1e-12f;
-constexpr double kLargestLogitScale = 4.605170185988092;  // ln 100; torch compares with it in double
+constexpr double kLargestLogitScale = 4.605170185988092;  // ln 100; torch compares in double precision
 
 __device__ __forceinline__ bool is_clamped(float logit_scale) {
   return static_cast<double>(logit_scale) > kLargestLogitScale;

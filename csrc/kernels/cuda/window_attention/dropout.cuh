@@ -1,5 +1,6 @@
-// Dropout of attention weights. The seed, the window, the head, the query and the key determine if a weight is dropped.
-// The backward pass therefore drops the same weights as the forward pass, even with other tile sizes.
+// Dropout of attention weights. The seed, the window, the head, the query and the key determine whether an attention
+// weight is dropped. The backward pass therefore drops the same attention weights as the forward pass, even with other
+// tile sizes.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ namespace swinkernels::cuda {
 
 // Draws random numbers for 16 queries from row0 on (a multiple of 16) and a block of keys from col0 on (a multiple of
 // 2). In the result, bit 4 * j + e is set if element [j][e] of this thread's fragment is kept. One call of philox gives
-// the numbers of queries i, i + 8 and keys j, j + 1: the number of query i and key j in a window and head is word
+// the random numbers of queries i, i + 8 and keys j, j + 1: that of query i and key j in a window and head is word
 // 2 * (i / 8 % 2) + j % 2 for counter (j / 2, i / 16 * 8 + i % 8, window * num_heads + head).
 template <int kTiles, int kMaps>
 __device__ __forceinline__ uint32_t kept_weights(const WindowArguments<kMaps>& args, uint32_t window, int head,

@@ -1,13 +1,14 @@
 // Window attention forward for long windows of the plain kind (long_windows.cuh), and for windows of any length with
 // axis_tables (axis_tables.cuh). Other long windows use fwd_sm80.cuh.
 //
-// Maths     As in fwd_sm80.cuh and, for v2, cosine.cuh. In bfloat16, scores are not shifted by their maximum:
-//           probabilities have float's exponents, so exp2 of a score in base 2 is accurate enough from 2^-126 to 2^127.
-//           If a row's sum is not between 2^-64 and 2^64, its block is recomputed with a running maximum. Float16 always
-//           uses the maximum, which moves only when a score exceeds it by more than kSlack, for which float16 has room.
+// Maths     As in fwd_sm80.cuh and, for v2, cosine.cuh. In bfloat16, scores are not shifted by their maximum: bfloat16
+//           has the exponent range of float, so exp2(score) is accurate enough from 2^-126 to 2^127. If a row's sum is
+//           not between 2^-64 and 2^64, its block is recomputed with a running maximum. In float16, the running maximum
+//           is always subtracted; it is only updated if a score exceeds it by more than kSlack, for which float16 has
+//           enough range.
 // Tiling    A block of four warps processes one or more blocks of 64 queries of one window and head, 16 queries per
-//           warp, with their fragments in registers. Keys arrive in blocks of 64, each during the computation of the
-//           one before, and are processed 16 at a time: keys past the window cost nothing. Row sums are a product of
+//           warp, with their fragments in registers. Keys arrive in blocks of 64, each while the previous one is
+//           processed, 16 keys at a time: keys past the window cost nothing. Row sums are a matrix product of the
 //           rounded probabilities with ones. For v2 they are sums in float, because few keys may have nearly all of a
 //           row's probability, and their rounding would be a large error in lse.
 // Traffic   As in fwd_sm80.cuh; k and v are read once per block of queries, mostly from L2.
@@ -26,7 +27,7 @@ namespace swinkernels::cuda {
 
 struct ForwardLongArguments : LongArguments<4> {
   float* lse;
-  uint32_t splits;  // items of a window; each has row_blocks of the window's blocks of queries
+  uint32_t splits;  // items per window; each item has row_blocks blocks of queries
   uint32_t row_blocks;
   uint32_t long_items;  // items of a unit
   const float* axis_tables;
@@ -41,7 +42,7 @@ struct PlainForwardLongSmem {
   alignas(128) T kv[2][2][kBlock * Traits::kHeadDim];
   alignas(16) int32_t out_of_range[kThreads / 32];
 
-  // After this struct: the table, or AxisTables and ScoreColumns, then the tokens, then the norms of v2.
+  // This struct is followed by the table, or AxisTables and ScoreColumns, then by the tokens and, for v2, the norms.
   static int bytes(const LongArguments<4>& args) {
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
     return static_cast<int>(sizeof(PlainForwardLongSmem)) + bias_bytes(args, capacity) +
@@ -56,7 +57,7 @@ struct PlainForwardLongSmem {
   }
 };
 
-// Blocks per multiprocessor: the most for which nothing is spilled.
+// The largest number of blocks per multiprocessor for which no registers are spilled.
 template <class Traits, class RowBiasKind>
 constexpr int plain_forward_long_blocks() {
   if (Traits::kHeadDim <= 32) return 4;
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
       RowFragments<T, Traits::kHeadDim> q;
       RowBiasKind bias;
       int32_t row_region[2];
-      float factor[2] = {factor2, factor2};  // of the scores of this thread's two rows
+      float factor[2] = {factor2, factor2};  // for the scores of this thread's two rows
       float maximum[2] = {0.0f, 0.0f}, sum[4] = {}, o[kColTiles][4] = {};
       bool maximum_runs = kMaximumAlwaysRuns, again = false;
       if constexpr (kMaximumAlwaysRuns) maximum[0] = maximum[1] = -FLT_MAX;
@@ -168,20 +169,20 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
           copy_keys(stage ^ 1, key_block + 1);
         } else if (block + 1 < end_block) {
           copy_keys(stage ^ 1, 0);
-          copy_queries(block + 1);  // every warp has its fragments of this block
+          copy_queries(block + 1);  // every warp has loaded its fragments of this block
         }
         ptx::cp_async_commit();
         if (key_block == 0 && !again) {
           q.load(Tile{smem.q}, row0);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            // A query past the window has the last query's bias: its scores are never read.
+            // Queries past the window use the bias of a query in the window. Their scores are never read.
             if constexpr (!kHasAxes) bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
             if constexpr (kCosine) factor[half] = factor2 * norms.q[row + 8 * half];
           }
           if constexpr (kHasAxes) {
-            // The warp's rows of q are free, and so are those of out until the last key.
+            // The warp's rows of q are no longer needed, and its rows of out are free until the last key.
             static_assert(8 * RowBiasKind::kStride * sizeof(float) <= 16 * Traits::kHeadDim * sizeof(T));
             const int own_row0 = ptx::opaque(row0);
             float* const first_rows = reinterpret_cast<float*>(smem.q + own_row0 * Traits::kHeadDim);

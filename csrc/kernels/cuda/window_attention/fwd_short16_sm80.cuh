@@ -1,4 +1,4 @@
-// Window attention forward, map to map, for short windows in 16 bits, which are the most common calls (see is_short16()
+// Window attention forward, map to map, for short windows of 16-bit elements, the most common calls (see is_short16()
 // in short16.cuh). This kernel executes half as many instructions as the general kernel (fwd_sm80.cuh).
 //
 // Maths     As in fwd_sm80.cuh, but in bfloat16 p = exp2(score), without a maximum, if all row sums are between 2^-80
@@ -12,8 +12,8 @@
 //           through the rows of q in shared memory, by stmatrix if the GPU has it.
 // Traffic   q, k, v are read once and out is written once: 8 * B * S * C bytes, plus 4 * B * S * heads for lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 308 MB, 92 us at 3.35 TB/s (H100 SXM, published
-//           peak). Executed instructions on sm_90, counted: 1,236 per window and head, 1,304 with lse; 35 us of issue
-//           slots. 123 registers, 25 KB: four blocks, 16 warps per multiprocessor.
+//           peak). Executed instructions, counted in the sm_90 code: 1,236 per window and head, 1,304 with lse; 35 us
+//           of issue slots. 123 registers, 25 KB: four blocks, 16 warps per multiprocessor.
 // Limits    see short16.cuh; other calls use the general kernel.
 #pragma once
 
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
   for (uint32_t item = share.first; item < args.items; item += share.step) {
     Window window;
     if constexpr (kStages == 1) {
-      __syncthreads();  // all reads of the previous window's tiles are over
+      __syncthreads();  // all reads of the previous window's tiles are done
       window = copy_window(0, item);
       ptx::cp_async_wait<0>();
       __syncthreads();

@@ -1,20 +1,20 @@
 // Window attention forward, map to map.
 //
 // Maths     out_i = sum_j d_ij p_ij v_j with p_ij = softmax_j(s_ij + bias[i, j] + mask[i, j]) for the tokens i, j of a
-//           window, one head; s_ij = scale * q_i.k_j, or exp(min(logit_scale, ln 100)) cos(q_i, k_j) (cosine.cuh);
+//           window, per head; s_ij = scale * q_i.k_j, or exp(min(logit_scale, ln 100)) cos(q_i, k_j) (cosine.cuh);
 //           d_ij = 1, or 0 or 1 / (1 - dropout_p) (dropout.cuh); lse_i = log sum_j exp(...). WindowGeometry defines the
 //           token positions, the bias and the mask. Scores are multiplied by log2(e) ("base 2"), so that probabilities
 //           are computed with exp2.
 // Tiling    A block processes one window and head at a time. A warp has 16 queries, whose scores stay in registers. For
 //           short windows (up to 64 tokens) a block loops over windows of one head: bias fragments are loaded once, and
-//           the next window's rows arrive by cp.async during the computation of this one. Long windows are processed
+//           the next window's rows arrive by cp.async while this one is processed. Long windows are processed
 //           one block of keys at a time, with a running maximum and sum and 64 or 32 queries per block. Most 16-bit
 //           calls with long windows use fwd_long_sm80.cuh instead.
 // Traffic   q, k, v are read once and out is written once: 4 * B * S * C * sizeof(T) bytes, plus 4 * B * S * heads for
 //           lse. A long window reads k and v once per block of queries, mostly from L2.
-// Roofline  memory bound. For the most common case, which fwd_short16_sm80.cuh runs, the figures are in that file.
-//           Window 7, head_dim 32, v2, bf16: 3,691 instructions per window and head on sm_90, counted; four blocks per
-//           multiprocessor.
+// Roofline  memory bound. The figures of the most common case are in fwd_short16_sm80.cuh, whose kernel runs it.
+//           Window 7, head_dim 32, v2, bf16: 3,691 instructions per window and head, counted in the sm_90 code; four
+//           blocks per multiprocessor.
 // Limits    N <= 1024, head_dim <= 128, fewer than 2^31 windows. Rows whose size is a multiple of 16 bytes must be
 //           16-byte aligned, and are copied 16 bytes at a time. Other rows are copied 4 bytes at a time, or 2 if they
 //           have an odd number of 16-bit elements.
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
   int stage = 0, slot = 0;
   for (uint32_t item = first; item < args.items; item += step) {
     if constexpr (kStages == 1) {
-      __syncthreads();  // all reads of the previous window's tiles are over
+      __syncthreads();  // all reads of the previous window's tiles are done
       copy_window(0, slot);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();

@@ -1,6 +1,6 @@
 // Keeps dS in the range of float16. dS = P (dP - delta) may exceed this range although the gradients, which are
-// products of dS with small keys or queries, do not. In this case, rows of dS are multiplied by a power of two below
-// one, and the gradients are scaled back in float.
+// products of dS with small keys or queries, do not. If dS exceeds the range, its rows are multiplied by a power of two
+// below one, and the gradients are scaled back in float.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -32,7 +32,7 @@ __device__ __forceinline__ int excess_exponent(const float (&x)[kTiles][4]) {
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
   const int exponent = (__float_as_int(largest) >> 23) - 127;
-  return exponent > 127 ? 0 : exponent - kLargest + 1;  // scaling does not help if it is infinite
+  return exponent > 127 ? 0 : exponent - kLargest + 1;  // scaling does not help if the largest is infinite
 }
 
 template <int kTiles>

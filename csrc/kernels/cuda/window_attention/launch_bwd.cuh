@@ -13,13 +13,13 @@
 
 namespace swinkernels::cuda {
 
-// For these tiles the TF32 backward pass would spill registers, so they use the float kernels, which are at least as
-// accurate.
+// True for tiles for which the TF32 backward pass would spill registers. They use the float kernels, which are at least
+// as accurate.
 template <class Traits, bool kLong>
 constexpr bool kBackwardInFloat = std::is_same_v<typename Traits::Product, Tf32Product> &&
                                   (Traits::kHeadDim > 64 || (kLong && Traits::kHeadDim > 16));
 
-// Launches either kernel for short windows.
+// Launches one of the two kernels for short windows.
 template <class Traits, class Arguments>
 cudaError_t launch_short_backward(void (*kernel)(Arguments), size_t smem_bytes, Arguments& args,
                                   ReducePartialsArguments& reduction, WorkspaceArena& arena, bool measure,
@@ -78,10 +78,10 @@ cudaError_t launch_long_backward(BackwardArguments& args, ReducePartialsArgument
   return launch(bias_kernel, dim3(bias_plan.blocks), dim3(Traits::kThreads), kBiasSmemBytes, stream, args, blocks);
 }
 
-// Launches the plain kernels for windows of more than one block of keys or, with axis_tables, of any length, if they
-// support the call and the device has enough shared memory; sets `taken` accordingly. axis_tables is null unless
-// kHasAxes. Defined in launch_long_bwd.cuh, and instantiated by the files bwd_long_*.cu and bwd_axis_*.cu of
-// instantiations/.
+// Launches the plain kernels if they support the call and the device has enough shared memory, and sets `taken` to
+// whether this is the case. They process windows of more than one block of keys or, with axis_tables, of any length.
+// axis_tables is null unless kHasAxes. Defined in launch_long_bwd.cuh, and instantiated by the files bwd_long_*.cu and
+// bwd_axis_*.cu of instantiations/.
 template <class Traits, bool kHasAxes = false>
 cudaError_t launch_plain_long_backward(BackwardArguments& args, const float* axis_tables,
                                        ReducePartialsArguments& reduction, WorkspaceArena& arena, bool measure,

@@ -18,10 +18,10 @@ cudaError_t launch_over_windows(void (*kernel)(Arguments), int threads, size_t s
   return launch(kernel, dim3(plan.blocks), dim3(threads), smem_bytes, stream, args);
 }
 
-// Launches the plain kernel for windows of more than one block of keys or, with axis_tables, of any length, if it
-// supports the call and the device has enough shared memory; sets `taken` accordingly. axis_tables is null unless
-// kHasAxes. Defined in launch_long_fwd.cuh, and instantiated by the files fwd_long_*.cu and fwd_axis_*.cu of
-// instantiations/.
+// Launches the plain kernel if it supports the call and the device has enough shared memory, and sets `taken` to
+// whether this is the case. It processes windows of more than one block of keys or, with axis_tables, of any length.
+// axis_tables is null unless kHasAxes. Defined in launch_long_fwd.cuh, and instantiated by the files fwd_long_*.cu and
+// fwd_axis_*.cu of instantiations/.
 template <class Traits, bool kHasAxes = false>
 cudaError_t launch_plain_long_forward(const ForwardArguments& args, const float* axis_tables, cudaStream_t stream,
                                       bool& taken);

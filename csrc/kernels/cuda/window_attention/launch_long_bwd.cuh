@@ -9,7 +9,7 @@
 
 namespace swinkernels::cuda {
 
-// The launches of the kernels that only calls with axis_tables have.
+// The launches of the kernels that only calls with axis_tables need.
 template <class Traits>
 struct AxisLaunches {
   using First = AxisProductsSmem<Traits>;
@@ -19,7 +19,8 @@ struct AxisLaunches {
   static auto first_kernel() { return window_attention_bwd_axis_products_kernel<Traits, BackwardLongArguments>; }
   static auto last_kernel() { return window_attention_bwd_axis_tables_kernel<Traits, BackwardLongArguments>; }
 
-  // Plans the grids and takes memory, in whole multiples of 16 bytes as the kernels copy rows of it.
+  // Plans the grids and allocates the buffers. The sizes of A and dR are multiples of 16 bytes, because the kernels
+  // copy their rows in chunks of 16 bytes.
   cudaError_t prepare(BackwardLongArguments& args, ReducePartialsArguments& reduction, WorkspaceArena& arena,
                       const float* tables) {
     const int64_t heads = int64_t{args.num_windows} * args.num_heads, queries = heads * args.num_tokens;

@@ -1,15 +1,16 @@
 // Long windows (more than one block of keys) of the plain kind: v1 with a bias table, a dense bias or no bias, or v2
-// with a table or no bias; no dropout, rows whose size is a multiple of 16 bytes, and maps whose tokens lie one stride
-// apart in image order. This file addresses their tokens and bias, and copies their rows.
+// with a table or no bias; no dropout, rows whose size is a multiple of 16 bytes, and maps with a constant stride
+// between tokens in image order. This file addresses their tokens and bias, and copies their rows.
 //
-// Tokens    The position of a token in the map is a sum of three terms, one per axis; so are its region and whether it
-//           is a pad token. A window's terms are found first, one thread for each; then its tokens, with three loads
-//           each. In all maps a token is identified by its number in image order.
+// Tokens    The position of a token in the map is a sum of three terms, one per axis, and so is its region; a sum of at
+//           least kPadNumber marks a pad token. The terms of a window are computed first, one per thread; then each of
+//           its tokens takes three loads. A token is identified by its index in image order (`number`), which is the
+//           same in all maps.
 // Bias      The table is stored in shared memory, times log2(e), in an order in which neighbouring columns of a tile of
-//           scores have neighbouring entries: columns are keys, or queries if scores are transposed. If the rows of the
-//           window have even length, tokens 2n and 2n + 1 are neighbours: rows of the table are then padded to an even
-//           length, and a second copy is shifted by one entry, so one aligned load of 8 bytes gets the bias of both.
-//           A dense bias is read from global memory and multiplied by log2(e) on the way.
+//           scores have neighbouring entries; columns are keys, or queries if scores are transposed. If the rows of the
+//           window have even length, tokens 2n and 2n + 1 are neighbours. The rows of the table are then padded to an
+//           even length, and a second copy is shifted by one entry, so that one aligned load of 8 bytes reads the bias
+//           of both. A dense bias is read from global memory, and multiplied by log2(e) after the load.
 // Norms     For v2, the inverse norms of a window's rows are computed once per window, from global memory.
 // Copies    A thread copies the same chunk of the same rows of every block.
 #pragma once
@@ -49,12 +50,12 @@ struct SharedTable {
     return table;
   }
 
-  // In floats: the start of the shifted copy, whose entries are in other banks than the first copy's, and the end of
-  // both.
+  // Return the start of the shifted copy, which is offset by 16 banks from the first copy, and the size of all
+  // copies, in floats.
   __host__ __device__ int32_t copy_stride() const { return (entries + 31) / 32 * 32 + 16; }
   __host__ __device__ int32_t floats() const { return has_pairs ? 2 * copy_stride() : copy_stride(); }
 
-  // Returns the position of an entry, given its number in global memory.
+  // Returns the position of an entry, given its index in the table in global memory.
   __device__ __forceinline__ int32_t at(const WindowLayout& layout, int entry) const {
     int32_t at = 0;
 #pragma unroll
@@ -77,7 +78,7 @@ struct SharedTable {
 template <int kMaps>
 struct LongArguments : WindowArguments<kMaps> {
   RegularMap regular[kMaps];
-  SharedTable table;  // for a dense bias, has_pairs: two keys of a query are one aligned load of 8 bytes
+  SharedTable table;  // for a dense bias, has_pairs: one aligned load of 8 bytes reads the bias of two keys
   bool has_pads;
 };
 
@@ -90,10 +91,10 @@ struct AxisTerm {
   int32_t region;
 };
 
-// Numbers from here on belong to pad tokens: maps have fewer tokens.
+// Token numbers from this one on denote pad tokens; maps have fewer tokens.
 constexpr uint32_t kPadNumber = uint32_t{1} << 30;
 
-// Returns true if these kernels support the maps and the geometry of `args`; then also completes the arguments.
+// Completes `args`. Returns false if the kernels for plain long windows do not support its maps or geometry.
 template <int kMaps>
 bool make_long(LongArguments<kMaps>& args) {
   const WindowLayout& layout = args.layout;
@@ -132,11 +133,11 @@ bool make_long(LongArguments<kMaps>& args) {
 
 // The data of a window's tokens in shared memory. Arrays with a value per token have room for whole blocks of keys.
 struct LongTokens {
-  AxisTerm* terms;   // terms of the first, the second, then the third axis
-  uint32_t* number;  // in this window
-  int32_t* region;   // in this window, if may_be_mixed
-  int32_t* packed;   // in every window: PackedToken
-  int32_t* offset;   // in every window: 4 * r(t), with the last token's value past the window
+  AxisTerm* terms;   // terms of the first, then the second, then the third axis
+  uint32_t* number;  // for this window
+  int32_t* region;   // for this window, valid if may_be_mixed
+  int32_t* packed;   // for every window: PackedToken
+  int32_t* offset;   // for every window: 4 * r(t); past the window, the value of the last even token
 
   // `data` is 16-byte aligned; capacity is even.
   __device__ static __forceinline__ LongTokens of(unsigned char* data, int terms, int capacity) {
@@ -159,13 +160,13 @@ struct LongTokens {
   template <int kMaps>
   __device__ __forceinline__ void fill_constants(const LongArguments<kMaps>& args, int capacity) const {
     for (int i = threadIdx.x; i < capacity; i += blockDim.x) {
-      const int last = args.num_tokens - 1, token = i <= last ? i : last / 2 * 2;  // the first of a pair
+      const int last = args.num_tokens - 1, token = i <= last ? i : last / 2 * 2;  // first of the last pair
       packed[i] = PackedToken::of(args.layout, token);
       offset[i] = 4 * args.table.offset(args.layout, token);
     }
   }
 
-  // The first step of finding a window's tokens, done by the first three warps. The caller then synchronises all
+  // The first step of finding a window's tokens, done by the first three warps. The caller must then synchronise all
   // threads.
   template <int kMaps>
   __device__ __forceinline__ void find_terms(const LongArguments<kMaps>& args, const WindowIndex& index) const {
@@ -214,7 +215,8 @@ struct LongTokens {
   }
 };
 
-// Writes a head's column of the table to shared memory, for columns that are keys or queries.
+// Writes a head's column of the table to shared memory, in the order for columns that are keys or, if not
+// kColumnsAreKeys, queries.
 template <bool kColumnsAreKeys, int kMaps>
 __device__ __forceinline__ void stage_table(const LongArguments<kMaps>& args, int head, float* shared) {
   const SharedTable& table = args.table;
@@ -231,7 +233,8 @@ __device__ __forceinline__ void stage_table(const LongArguments<kMaps>& args, in
   }
 }
 
-// The positions in the table of the bias of this thread's two rows of scores; column t is 4 * r(t) bytes further on.
+// The addresses in the table that belong to this thread's two rows of scores. The bias of column t is 4 * r(t) bytes
+// further on.
 struct RowBias {
   const unsigned char* row[2];
 
@@ -244,7 +247,7 @@ struct RowBias {
     row[half] = reinterpret_cast<const unsigned char*>(shared + at);
   }
 
-  // Sets x to x * its row's factor + the bias of 8 * kTiles columns, whose offsets are given.
+  // Sets x to x * factor + bias for 8 * kTiles columns, with one factor per row. `columns` has the columns' offsets.
   template <int kTiles>
   __device__ __forceinline__ void add(float (&x)[kTiles][4], const float (&factor)[2], bool has_pairs, int,
                                       const int32_t* columns) const {
@@ -280,7 +283,7 @@ struct RowBias {
   }
 };
 
-// Replaces RowBias in a call without a bias: reads nothing.
+// Replaces RowBias in a call without a bias.
 struct NoRowBias {
   template <int kMaps>
   __device__ __forceinline__ void set(int, const LongArguments<kMaps>&, int, const float*, int, int32_t) {}
@@ -296,8 +299,8 @@ struct NoRowBias {
   }
 };
 
-// Replaces RowBias in a call with a dense bias, whose matrix of the head is read from global memory: row i has the bias
-// of query i. Rows and columns past the window get the bias of the last token of the window.
+// Replaces RowBias in a call with a dense bias. The head's matrix, in which row i has the bias of query i, is read from
+// global memory. Rows and columns past the window use the bias of the last tokens of the window.
 template <bool kColumnsAreKeys>
 struct DenseRowBias {
   const float* row[2];  // the row of a query, or the column of a key
@@ -312,7 +315,7 @@ struct DenseRowBias {
                 (kColumnsAreKeys ? last * num_tokens : last);
   }
 
-  // The columns are the tokens from `first` on.
+  // Like RowBias::add; the columns are the tokens from `first` on.
   template <int kTiles>
   __device__ __forceinline__ void add(float (&x)[kTiles][4], const float (&factor)[2], bool has_pairs, int first,
                                       const int32_t*) const {
@@ -379,7 +382,7 @@ __device__ __forceinline__ void mask_columns(float (&x)[kTiles][4], int end) {
   }
 }
 
-// Returns the base address of a map's rows, for this thread's chunk, in the image of a window.
+// Returns the address of a chunk of a head's row in the first token of an image.
 __device__ __forceinline__ uint64_t chunk_base(const RegularMap& map, uint32_t batch, int head, int chunk) {
   return map.data + batch * map.batch + head * map.head + 16 * chunk;
 }
@@ -393,7 +396,7 @@ __device__ __forceinline__ uint4 pad_chunk(const LongArguments<kMaps>& args, int
 
 // The inverse norms of a window's rows of q and of k, in shared memory, for v2.
 struct LongNorms {
-  float *q, *k;  // of every token; zero past the window
+  float *q, *k;  // one value per token; zero past the window
 
   __host__ __device__ static int bytes(int capacity) { return 8 * capacity; }
   __device__ static __forceinline__ LongNorms of(unsigned char* data, int capacity) {
@@ -401,7 +404,7 @@ struct LongNorms {
     return {norms, norms + capacity};
   }
 
-  // Computes the norms of a window whose tokens have been found. The caller then synchronises all threads.
+  // Computes the inverse norms of a window whose tokens have been found. The caller must then synchronise all threads.
   template <class T, int kMaps>
   __device__ __forceinline__ void find(const LongArguments<kMaps>& args, uint32_t batch, int head,
                                        const uint32_t* numbers, int capacity) const {
@@ -432,7 +435,7 @@ struct LongNorms {
   }
 };
 
-// Multiplies x by one number per column, such as the inverse norms of the columns' tokens.
+// Multiplies x by one factor per column, such as the inverse norms of the columns' tokens.
 template <int kTiles>
 __device__ __forceinline__ void multiply_columns(float (&x)[kTiles][4], const float* columns) {
   const int t = threadIdx.x % 4;
@@ -446,7 +449,7 @@ __device__ __forceinline__ void multiply_columns(float (&x)[kTiles][4], const fl
   }
 }
 
-// Copies of blocks of kRows rows by all threads of a block, and of 16 rows by a warp.
+// Copies of kRows rows to shared memory at a time, by all threads of a block.
 template <class Tile, int kThreads, int kRows>
 struct LongCopies {
   using T = typename Tile::T;
@@ -454,7 +457,7 @@ struct LongCopies {
   static_assert(kRowsPerPass % 8 == 0 && kRows % kRowsPerPass == 0);
 
   int row, chunk, offset;  // offset: in elements, from the start of a tile
-  int limit;               // tokens of the window, or none if no row has this chunk
+  int limit;               // tokens of the window, or 0 if rows do not have this chunk
 
   template <int kMaps>
   __device__ static __forceinline__ LongCopies of(const LongArguments<kMaps>& args) {
@@ -466,8 +469,8 @@ struct LongCopies {
     return copies;
   }
 
-  // Starts the copy of the tokens first..first + kRows of a window from some maps to tiles; list[n] is the n-th map.
-  // Rows past the window and columns past head_dim become zero, and so do pad tokens without a row.
+  // Starts copying the rows of tokens [first, first + kRows) of a window from maps to tiles; list[n] is the index of
+  // the n-th map. Rows past the window and columns past head_dim become zero, and so do pad tokens without a row.
   template <int kCount, int kMaps>
   __device__ __forceinline__ void start(const LongArguments<kMaps>& args, const int (&list)[kCount], int head,
                                         const uint64_t (&base)[kCount], T* const (&tiles)[kCount],
@@ -499,8 +502,8 @@ struct LongCopies {
   }
 };
 
-// Writes 16 rows from row0 of a tile, filled by this warp, to the rows of tokens first + row0.. of a map. Pad tokens
-// are dropped.
+// Writes 16 rows of a tile, from row0 on, which this warp has filled, to the rows of tokens from first + row0 on in a
+// map. Pad tokens are skipped.
 template <class Tile, int kMaps>
 __device__ __forceinline__ void store_long_rows(const LongArguments<kMaps>& args, int map, const Tile& tile, int row0,
                                                 uint32_t batch, int head, const uint32_t* numbers, int first) {
@@ -536,7 +539,7 @@ struct RowFragments {
   template <class Tile>
   __device__ __forceinline__ void add_abt(float (&c)[2][4], const Tile& tile, int row) const {
     if constexpr (kCols == 16) {
-      // The square's matrices: rows 0-7 and 8-15 of the first chunk, then of the second.
+      // The four matrices of the square: rows 0-7 and 8-15 of the first chunk, then of the second.
       uint32_t b[4];
       ptx::ldmatrix_x4(b, tile.square(row, 0));
       ptx::mma_m16n8k16(c[0], a[0], {b[0], b[2]}, T{});
@@ -579,7 +582,7 @@ __device__ __forceinline__ void pack_fragment(uint32_t (&a)[4], const float (&x)
   }
 }
 
-// Rounds 16 rows of sums, each times its own factor, and writes them to rows row0.. of a tile.
+// Multiplies 16 rows by one factor each, rounds them and writes them to a tile, from row row0 on.
 template <class Tile, int kColTiles>
 __device__ __forceinline__ void write_rounded(const Tile& tile, int row0, const float (&x)[kColTiles][4], float factor0,
                                               float factor1) {

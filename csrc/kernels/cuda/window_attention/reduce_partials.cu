@@ -1,8 +1,8 @@
-// Sums the partial gradients of all blocks, in an order that depends only on their number.
+// Sums the partial gradients of all blocks, in an order that depends only on the number of blocks.
 //
-// Tiling    To sum over blocks, a block has 32 outputs; eight slices of the workers are summed in parallel, then added
-//           in order. To gather a table's gradient from dense sums, a warp has one entry and unit, and its lanes share
-//           the pairs of tokens.
+// Tiling    To sum over the backward kernels' blocks, a thread block computes 32 outputs; eight slices of the partial
+//           sums are summed in parallel, then added in order. To gather a table's gradient from dense sums, a warp
+//           computes one entry of one unit, and its lanes divide the pairs of tokens among themselves.
 // Traffic   every partial is read once: 4 * partials * (table entries, or rows^2, + 2 * head_dim + 1) bytes.
 #include "../../common/launch.cuh"
 #include "../../common/ordered_sum.cuh"
@@ -23,7 +23,7 @@ struct Output {
   float* destination;
 };
 
-// The numbers of outputs of reduce_partials_kernel, in order.
+// The number of outputs of reduce_partials_kernel for each gradient, in order.
 struct OutputCounts {
   int64_t table, dense, pad, logit, axis;
 
@@ -41,7 +41,7 @@ struct OutputCounts {
 __device__ Output find_output(const ReducePartialsArguments& args, int64_t output) {
   const OutputCounts counts = OutputCounts::of(args);
   const int64_t heads = args.num_heads, units = heads * args.bias_types;
-  // The partial sums of a head are those of its units: every heads-th partial sum.
+  // The partial sums of a head come from all workers of its units: they are every heads-th partial sum.
   const uint32_t of_head = args.workers * args.bias_types;
   if (output < counts.table) {
     const int64_t entries = args.layout.table_entries, unit = output / entries, entry = output % entries;
@@ -58,7 +58,7 @@ __device__ Output find_output(const ReducePartialsArguments& args, int64_t outpu
   if (output < counts.pad) {
     const int64_t per_map = heads * args.head_dim, map = output / per_map, head = output % per_map / args.head_dim;
     float* const destination = args.dpad_qkv + output;
-    if (map == 0) return {nullptr, 0, 0, destination};  // the output of a pad query is dropped
+    if (map == 0) return {nullptr, 0, 0, destination};  // the output of a pad query is discarded
     return {args.pad_partials + (head * 2 + map - 1) * args.head_dim + output % args.head_dim, 2 * per_map, of_head,
             destination};
   }
@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(kThreads) reduce_partials_kernel(const ReduceP
   if (threadIdx.x < kOutputs && output.destination != nullptr) *output.destination = sum;
 }
 
-// Entry e of a unit's column is the sum over the pairs of tokens (i, j) with the entry's relative offset, which
-// determines j for every i.
+// An entry of a unit's column is the sum over the pairs of tokens (i, j) that use it; the entry and i determine j.
 __global__ void __launch_bounds__(kThreads) gather_table_kernel(const ReducePartialsArguments args) {
   const int lane = threadIdx.x % 32;
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;

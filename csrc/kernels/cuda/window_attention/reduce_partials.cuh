@@ -9,10 +9,9 @@
 
 namespace swinkernels::cuda {
 
-// Each unit (arguments.cuh) has partial sums from several workers: the sums of worker w and unit u are number w * units
-// + u.
+// Each unit (arguments.cuh) has partial sums from several workers, with index w * units + u for worker w and unit u.
 struct ReducePartialsArguments {
-  const float* table_partials;  // (partials, table entries), or null: the table's gradient is in dense_partials
+  const float* table_partials;  // (partials, table entries), or null if the table's gradient is in dense_partials
   const float* dense_partials;  // (partials, rows, rows)
   const float* pad_partials;    // (partials, 2, head_dim), for k and v
   const float* logit_partials;  // (partials)
@@ -26,7 +25,7 @@ struct ReducePartialsArguments {
   int32_t num_heads, head_dim, num_tokens, bias_types;
   int32_t dense_rows;
   int32_t axis_entries;
-  uint32_t workers, table_workers, dense_workers, logit_workers, axis_workers;  // zero workers: the sums are zero
+  uint32_t workers, table_workers, dense_workers, logit_workers, axis_workers;  // with 0 workers, the sums are zero
 };
 
 cudaError_t reduce_partials(const ReducePartialsArguments& args, cudaStream_t stream);

@@ -1,13 +1,13 @@
-// Shared by the kernels for short windows in 16 bits (fwd_short16_sm80.cuh, bwd_short16_sm80.cuh): the conditions on a
-// call, and how a thread finds, copies and stores its rows.
+// Code shared by the kernels for short windows of 16-bit elements (fwd_short16_sm80.cuh, bwd_short16_sm80.cuh): the
+// conditions on a call, and how a thread finds, copies and stores its rows.
 //
 // The kernels support v1 with a table, one dense bias or none, without dropout and without a region map, on 2D maps of
-// any size, padded or not, in windows of up to 64 tokens, blocks or grids; head_dim 16, 24, 32 or 64; packed or
-// separate maps whose tokens are equally far apart.
+// any size, padded or not, in windows (blocks or grids) of up to 64 tokens; head_dim 16, 24, 32 or 64; packed or
+// separate maps with a constant distance between tokens.
 //
 // A thread copies and stores the same one or two rows of every window. Their coordinates in the window stay in
 // registers; for each window, the thread adds the coordinates of the window's corner, wraps around at the map's end,
-// and multiplies the 32-bit token number by the distance between tokens. No addresses are stored in shared memory, and
+// and multiplies the 32-bit token index by the distance between tokens. No addresses are stored in shared memory, and
 // the work is spread over all warps.
 #pragma once
 
@@ -23,14 +23,14 @@
 
 namespace swinkernels::cuda {
 
-// Maps with the same layout, whose tokens are equally far apart and whose heads are contiguous. Token (y, x) of image b
-// has number (b * H + y) * W + x.
+// Maps with the same layout, with a constant distance between tokens and contiguous heads. Token (y, x) of image b has
+// index (b * H + y) * W + x.
 template <int kMaps>
 struct EvenMaps {
   uint64_t data[kMaps];
   uint32_t distance;  // between two tokens, in bytes
 
-  // Returns false for other maps, or if the number of a token or the distance between tokens exceeds 32 bits.
+  // Returns false for other maps, or if the index of a token or the distance between tokens exceeds 32 bits.
   template <class Pointer>
   bool set(const TokenMapOf<Pointer>* const (&maps)[kMaps], int64_t images, const int32_t (&size)[3], int32_t head_dim,
            int64_t element_bytes) {
@@ -39,7 +39,7 @@ struct EvenMaps {
     for (int map = 0; map < kMaps; ++map) {
       const TokenMapOf<Pointer>& m = *maps[map];
       const int64_t strides[3] = {m.batch_stride, m.axis_stride[1], m.axis_stride[2]};
-      int64_t tokens = 1, stride = 0;  // over the axes after this one
+      int64_t tokens = 1, stride = 0;  // of the axes after this one
       for (int axis = 2; axis >= 0; --axis) {
         if (extent[axis] == 1) continue;
         if (tokens == 1) stride = strides[axis];
@@ -56,7 +56,8 @@ struct EvenMaps {
   }
 };
 
-// Returns true if these kernels support a call; its maps are checked separately (see EvenMaps).
+// Returns true if the kernels for short windows of 16-bit elements support a call. Its maps are checked separately (see
+// EvenMaps).
 inline bool is_short16(const WindowAttentionForwardParams& params) {
   const WindowGeometry& geometry = params.geometry;
   const int32_t d = params.head_dim;
@@ -65,12 +66,12 @@ inline bool is_short16(const WindowAttentionForwardParams& params) {
          geometry.window[1] * geometry.window[2] <= 64 && (d == 16 || d == 24 || d == 32 || d == 64);
 }
 
-// Further arguments of these kernels.
+// Additional arguments of the kernels for short windows of 16-bit elements.
 struct Short16Geometry {
   EvenMaps<3> qkv;
   // For each axis: frame coordinate = window * window_step + token * token_step.
   int32_t window_step[2], token_step[2];
-  uint32_t seam[2];  // the window whose tokens belong to two regions, or UINT32_MAX
+  uint32_t seam[2];  // index of the window whose tokens belong to two regions, or UINT32_MAX
   bool has_pads;
 
   bool set(const WindowAttentionForwardParams& params, const WindowLayout& layout) {
@@ -143,7 +144,7 @@ __device__ __forceinline__ void add_seam_mask(float (&score)[kTiles][4], uint32_
 // A thread's view of one window.
 template <int kRows>
 struct Short16Window {
-  uint32_t token[kRows];  // token numbers of this thread's rows
+  uint32_t token[kRows];  // token indices of this thread's rows
   uint32_t separated;     // the elements of its fragment that are masked (SeamBits)
 };
 
@@ -154,13 +155,13 @@ struct OwnRows {
   static constexpr int kLanes = Traits::kChunks < 4 ? 2 : 4;
   static constexpr int kRows = kLanes / 2;
   static constexpr int kRowDistance = 16 / kRows;
-  static constexpr uint32_t kPad = UINT32_MAX;  // the number of a token outside the map
+  static constexpr uint32_t kPad = UINT32_MAX;  // the index of a token outside the map
   using Window = Short16Window<kRows>;
   using Tile = SmemTile<typename Traits::T, Traits::kHeadDim>;
 
   int chunk;                   // the thread's first chunk in the row
   int offset;                  // byte position of the first chunk in a tile
-  uint32_t in_token;           // byte position of the head's row in a token of a map
+  uint32_t in_token;           // byte position of the first chunk in a token of a map
   bool in_window[kRows];       // true if row and chunk are in the window
   int32_t y[kRows], x[kRows];  // shift + coordinate in the window * token_step
 
@@ -199,7 +200,7 @@ struct OwnRows {
     return window;
   }
 
-  // Starts the copies of this thread's rows of kMaps maps to contiguous tiles of kTileBytes, from `tiles` on. The rows
+  // Starts copying this thread's rows of kMaps maps to consecutive tiles of kTileBytes each, from `tiles` on. The rows
   // of a pad token are copied from `pads`, (maps, heads, head_dim), or are zeros if `pads` is null.
   template <bool kPads, int kTileBytes, int kMaps>
   __device__ __forceinline__ void copy(typename Traits::T* tiles, const EvenMaps<kMaps>& maps, const Window& window,
@@ -228,7 +229,7 @@ struct OwnRows {
     }
   }
 
-  // Writes this thread's rows of a tile, which its warp has filled, to a map. Rows of pad tokens are dropped.
+  // Writes this thread's rows of a tile, which its warp has filled, to a map. Rows of pad tokens are skipped.
   template <int kMaps>
   __device__ __forceinline__ void store(typename Traits::T* tile, const EvenMaps<kMaps>& maps, int map,
                                         const Window& window) const {

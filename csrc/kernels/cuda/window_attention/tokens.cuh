@@ -8,7 +8,7 @@
 
 namespace swinkernels::cuda {
 
-// The data of each token that are the same in every window: its coordinates, and its indices in the bias table as a
+// The data of each token that is the same in every window: its coordinates, and its indices in the bias table as a
 // query and as a key (see WindowLayout).
 template <int kTokens>
 struct TokenConstants {
@@ -29,7 +29,7 @@ struct WindowTokens {
   __device__ __forceinline__ const uint64_t* row(int map) const { return rows[map]; }
 };
 
-// Like TokenConstants and WindowTokens, for windows of up to `capacity` tokens, a number known at run time.
+// Like TokenConstants and WindowTokens, for up to `capacity` tokens, where `capacity` is only known at run time.
 struct LongTokenConstants {
   int32_t* packed;
   int32_t *query_index, *key_index;
@@ -68,7 +68,7 @@ struct SmemArena {
   }
 };
 
-// Computes the constants of tokens first..first + count, up to the end of the window.
+// Computes the constants of tokens [first, first + count), up to the end of the window.
 template <class Constants, int kMaps>
 __device__ __forceinline__ void fill_token_constants(Constants& constants, const WindowArguments<kMaps>& args,
                                                      int first, int count) {
@@ -90,9 +90,9 @@ __device__ __forceinline__ uint64_t token_row(const WindowArguments<kMaps>& args
   return reinterpret_cast<uint64_t>(pad);
 }
 
-// Finds the rows of tokens first..first + count of a window, up to its end, in the maps kMapList. tokens.row(n) gets
-// the addresses in the n-th map of the list. If the block has at least `count` threads, thread i computes token first +
-// i, here and in fill_token_constants.
+// Finds the rows of tokens [first, first + count) of a window, up to its end, in the maps kMapList. Their addresses in
+// the n-th map of the list are written to tokens.row(n). If the block has at least `count` threads, thread i computes
+// token first + i, here and in fill_token_constants.
 template <class T, int... kMapList, class Tokens, class Constants, int kMaps>
 __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& constants,
                                               const WindowArguments<kMaps>& args, uint32_t window, int head, int first,
@@ -113,8 +113,8 @@ __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& c
   }
 }
 
-// Starts the copy of the rows of tokens first..first + kRows of one map to a tile; rows[0] belongs to token 0. Rows
-// past the window are set to zero if kZeroPastWindow and keep their values otherwise. Columns past head_dim keep their
+// Starts copying the rows of tokens [first, first + kRows) of one map to a tile; rows[0] belongs to token 0. Rows past
+// the window are set to zero if kZeroPastWindow and keep their values otherwise. Columns past head_dim keep their
 // values. whole_rows: the size of a row is a multiple of 16 bytes.
 template <int kThreads, int kRows, bool kZeroPastWindow, class Tile>
 __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows, int first, int num_tokens,
@@ -153,8 +153,8 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows
   }
 }
 
-// Writes 16 rows of a tile, which this warp has filled, to the rows of tokens first.. of a map. Rows of pad tokens are
-// dropped.
+// Writes 16 rows of a tile, which this warp has filled, to the rows of tokens from `first` on in a map. Rows of pad
+// tokens are skipped.
 template <class Tile>
 __device__ __forceinline__ void store_rows(const Tile& tile, int row0, const uint64_t* rows, int first, int num_tokens,
                                            int row_bytes, bool whole_rows) {

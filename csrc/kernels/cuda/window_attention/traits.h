@@ -1,4 +1,4 @@
-// Tile sizes of the window attention kernels. All numbers that depend on the product policy, the head_dim and the
+// Tile sizes of the window attention kernels. All constants that depend on the product policy, the head_dim and the
 // window are derived here.
 #pragma once
 
@@ -41,12 +41,12 @@ struct WindowAttentionTraits {
   static constexpr int kHeadDimTiles = kHeadDim / 8;
   static_assert(kBlock * kRowBytes <= 16 * 1024, "a block of 64 rows is for rows of at most 256 bytes");
 
-  // Copies in flight. With two stages, the next window is copied during the computation of this one. There is only one
-  // stage if the shared memory of two would leave too few warps per multiprocessor to hide latency.
+  // Copies in flight. With two stages, the next window is copied while this one is processed. There is only one stage
+  // if the shared memory of two would leave too few warps per multiprocessor to hide latency.
   static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_FORWARD_STAGES : 1;
   static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_BACKWARD_STAGES : 1;
-  // Warps per multiprocessor: the most for which nothing is spilled. With 16 warps a thread can use 128 registers, with
-  // 12 it can use 168, and with 8 the maximum of 255.
+  // Blocks per multiprocessor, derived from the largest number of warps for which no registers are spilled. With 16
+  // warps a thread can use 128 registers, with 12 it can use 168, and with 8 the maximum of 255.
   static constexpr bool kNarrow = sizeof(T) == 2 && kHeadDim <= 32 && kTiles < 8;
   static constexpr int kForwardBlocks = (kNarrow ? SWINKERNELS_FORWARD_WARPS : kRowBytes < 512 ? 12 : 8) / kWarps;
   static constexpr int kBackwardBlocks = (kNarrow ? SWINKERNELS_BACKWARD_WARPS : 8) / kWarps;
@@ -57,10 +57,10 @@ struct WindowAttentionTraits {
   static constexpr int kSharedTableEntries = kRowBytes < 512 ? 2304 : 0;
 };
 
-// Returns the number of columns of the tiles for rows of a head_dim.
+// Returns the number of columns of the tiles for rows of head_dim elements.
 constexpr int tile_columns(int head_dim) { return head_dim <= 16 ? 16 : head_dim <= 32 ? 32 : 64; }
 
-// Traits of the kernels for short windows in 16 bits, for which head_dim is known at compile time.
+// Traits of the kernels for short windows of 16-bit elements, for which head_dim is known at compile time.
 template <class Product_, int kExactHeadDim_, int kTiles_>
 struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDim_), kTiles_> {
   using Base = WindowAttentionTraits<Product_, tile_columns(kExactHeadDim_), kTiles_>;
@@ -71,9 +71,10 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   static constexpr int kChunks = Base::kHeadDim / 8;  // 16-byte chunks of a tile's row
   static_assert(sizeof(typename Base::T) == 2 && kRowBytes % 16 == 0 && Base::kKeys <= 64);
   static_assert(Base::kForwardStages <= 2 && Base::kBackwardStages <= 2, "their rings have one or two stages");
-  // Eight tiles have as many warps as seven, which have the base class's number. There are fewer where registers would
-  // be spilled: in the forward pass with eight tiles without stmatrix, and on Blackwell except in the cases below.
-  // Without stmatrix, there is shared memory for only two blocks of the backward pass.
+  // With up to seven tiles, a multiprocessor has as many warps as in the base class; with eight, as many as with seven.
+  // It has fewer where registers would be spilled: in the forward pass with eight tiles without stmatrix, and on
+  // Blackwell except in the cases below. Without stmatrix, there is shared memory for only two blocks of the backward
+  // pass.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
   static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // head_dim 32
   static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // needs no maximum and no exponents

@@ -23,7 +23,7 @@ bool supported(const WindowAttentionForwardParams& params) {
     windows *= geometry.num_windows[axis];
     if (num_tokens > kMaxWindowVolume || table_entries > INT32_MAX || windows >= INT32_MAX) return false;
   }
-  // Units of heads and types are counted with 32 bits, and so are the elements of a table.
+  // Units (pairs of head and type) and the elements of a table have 32-bit indices.
   const int64_t units = int64_t{params.bias_types} * params.num_heads;
   if (params.bias_types < 1 || units > INT32_MAX) return false;
   if (params.bias_table != nullptr && (num_tokens > table_tokens || table_entries > INT32_MAX / units)) return false;
@@ -44,7 +44,7 @@ cudaError_t window_attention_forward(const WindowAttentionForwardParams& params,
       return params.allow_tf32 ? launch_forward<Tf32Product>(params, stream)
                                : launch_forward<FloatProduct>(params, stream);
 #else
-    default:  // a dtype that a build for comparison leaves out
+    default:  // a dtype that builds for comparisons omit
       return cudaErrorInvalidValue;
 #endif
   }
@@ -65,7 +65,7 @@ cudaError_t backward(const WindowAttentionBackwardParams& params, cudaStream_t s
       return params.forward.allow_tf32 ? launch_backward<Tf32Product>(params, stream, bytes)
                                        : launch_backward<FloatProduct>(params, stream, bytes);
 #else
-    default:  // a dtype that a build for comparison leaves out
+    default:  // a dtype that builds for comparisons omit
       return cudaErrorInvalidValue;
 #endif
   }

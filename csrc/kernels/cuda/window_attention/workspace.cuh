@@ -9,9 +9,9 @@ namespace swinkernels::cuda {
 // as fit into this size, but is at least one.
 constexpr int64_t kMostDenseBytes = int64_t{64} << 20;
 
-// Hands out a workspace of floats, or counts the floats that are needed.
+// Allocates parts of a workspace of floats, or counts the floats that are needed.
 struct WorkspaceArena {
-  float* next;  // null: only counts
+  float* next;  // if null, floats are only counted
   int64_t count = 0;
 
   float* take(int64_t floats) {

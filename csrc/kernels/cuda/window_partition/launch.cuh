@@ -11,8 +11,8 @@
 
 namespace swinkernels::cuda {
 
-// The maximum number of vectors in one launch. With it, the index of a vector plus the vectors of a block fits in 31
-// bits.
+// The maximum number of vectors in one launch, chosen so that the index of a vector plus the number of vectors of a
+// block fits in 31 bits.
 constexpr int64_t kMaxLaunchVectors = int64_t{1} << 30;
 
 inline bool is_meaningful(const FrameGeometry& geometry) {
@@ -40,7 +40,7 @@ int64_t vector_bytes(const WindowCopyParams<Map, Windows>& params) {
   if (params.batch > 1) elements |= params.map.batch_stride;
   if (many_windows) elements |= params.windows.window_stride;
   if (many_tokens) elements |= params.windows.token_stride;
-  // The lowest bit set in any of these numbers is the largest power of two that divides all of them.
+  // The lowest set bit of a bitwise or is the largest power of two that divides all its operands.
   const int64_t bytes = 16 | (elements & -elements) * params.element_bytes |
                         reinterpret_cast<intptr_t>(params.map.data) | reinterpret_cast<intptr_t>(params.windows.data);
   return bytes & -bytes;
@@ -51,7 +51,7 @@ int64_t vector_bytes(const WindowCopyParams<Map, Windows>& params) {
 // windows of a box are contiguous.
 struct WindowBoxes {
   int64_t extent[4];   // images, and windows per axis
-  int64_t largest[4];  // the largest box
+  int64_t largest[4];  // extent of the largest box
 
   static WindowBoxes of(int64_t batch, const int32_t (&num_windows)[3], int64_t windows_per_launch) {
     WindowBoxes boxes = {{batch, num_windows[0], num_windows[1], num_windows[2]}, {}};

@@ -2,7 +2,7 @@
 //
 // Maths     partition windows[b, n, t, c] = map[b, y(n, t), c], zero if token t of window n is a pad token
 //           reverse    map[b, y(n, t), c] = windows[b, n, t, c]
-//           FrameGeometry defines y, a one-to-one map from the tokens other than pads to the tokens of the map.
+//           FrameGeometry defines y, a one-to-one map from the tokens that are not padding to the tokens of the map.
 // Tiling    The rows of all windows, one after another, are cut into vectors, and each block copies 1,024 of them
 //           regardless of the length of a row, so no lane idles. First the block computes the two offsets of each row
 //           that it copies, once per row, and stores them in shared memory; then each thread loads four vectors before

@@ -1,8 +1,8 @@
-"""Code that timm's shifted-window blocks share: their map, their mask, the op and the norms next to it.
+"""Code shared by the adapters of timm's shifted-window blocks: map, mask, attention op, norms and MLP.
 
-timm rolls the map, pads it, cuts it into windows and later undoes all of this. Linear layers act on tokens one by one,
-so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token is a zero row of
-the QKV layer's input, so its q, k and v are the bias of the QKV layer.
+timm rolls the map, pads it, partitions it into windows and later undoes all of this. Linear layers process each token
+separately, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token is a
+row of zeros in the QKV layer's input, so its q, k and v are the bias of the QKV layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MLP = linear_layers.Mlp(
 
 
 def map_size(block: Any) -> tuple[int, int]:
-    """Return the size of the map that a block was made for."""
+    """Return the size of the map for which ``block`` was created."""
     attributes = block.__dict__
     return attributes["feat_size" if "feat_size" in attributes else "input_resolution"]  # v2-CR has feat_size
 
@@ -45,7 +45,7 @@ def qkv_weight(block: Any) -> Tensor:
 
 
 def mask_fits(block: Any, x: Tensor) -> bool:
-    """Return True if the block's stored mask, made for :func:`map_size`, fits this map (B, H, W, C)."""
+    """Return True if the block's stored mask fits the map ``x`` (B, H, W, C), or if the block uses no stored mask."""
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
         return True  # timm computes the mask from the map, or the block has no mask
     size, window = map_size(block), block.window_size
@@ -53,7 +53,7 @@ def mask_fits(block: Any, x: Tensor) -> bool:
 
 
 def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> str | None:
-    """Return the reason why a block's ``buffers``, from :func:`stored`, are not those of timm, or None."""
+    """Return the reason why ``buffers``, which :func:`stored` returns for ``block``, differ from timm's, or None."""
     index, mask = buffers
     window, shift = block.window_size, block.shift_size
     has_index = "relative_position_index" in child(block, "attn")._buffers  # v2-CR has none
@@ -68,7 +68,7 @@ def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> 
 
 
 def stored(block: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the index of the bias table and the mask."""
+    """Return the block's relative_position_index and attn_mask, each None if there is no such buffer."""
     return child(block, "attn")._buffers.get("relative_position_index"), block._buffers.get("attn_mask")
 
 
@@ -96,14 +96,14 @@ def why_not_attention(block: Any, kind: type, takes_lora: bool = False) -> str |
 
 
 def why_not_block(block: Any, method: str) -> str | None:
-    """Return the reason why timm's own code must always run ``method``, the block's attention, or None."""
+    """Return the reason why ``method``, the block's attention, must always run timm's own code, or None."""
     if not hasattr(block, method):
         return f"this version of timm has no {type(block).__name__}.{method}: it needs timm 0.9.16 or newer"
     return replaced_method(block, original_class(block)) or why_not_stored(block, stored(block))
 
 
 def shifted_windows(block: Any) -> dict[str, Any]:
-    """Return the op's arguments that define the windows."""
+    """Return the op's arguments for heads, windows and mask."""
     return {
         "num_heads": child(block, "attn").num_heads,
         "window_size": block.window_size,
@@ -114,7 +114,7 @@ def shifted_windows(block: Any) -> dict[str, Any]:
 
 
 def attended(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tensor:
-    """Return the op's result for ``qkv``: q, k and v on the map, (B, H, W, 3C)."""
+    """Return the op's output for ``qkv``, which contains q, k and v of the map, (B, H, W, 3C)."""
     return window_attention_qkvpacked(qkv, dropout_p=dropout_p, backend=block._swinkernels_backend, **arguments)
 
 
@@ -123,13 +123,13 @@ def projected(block: Any, out: Tensor) -> Tensor:
 
 
 def add_projected(block: Any, x: Tensor, out: Tensor) -> Tensor | None:
-    """Return x + drop_path1(projected(out)) computed in one pass, or None if that is not possible."""
+    """Return x + drop_path1(projected(out)), computed in one pass, or None if that is not possible."""
     drop_path = "drop_path1", child(block, "drop_path1"), DropPath
     return microsoft_attention.add_projected(child(block, "attn"), out, x, drop_path)
 
 
 def attend(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tensor:
-    """Return the result of a block's attention, computed from q, k and v on the map."""
+    """Return the output of the block's attention, including the projection, for ``qkv`` (B, H, W, 3C)."""
     return projected(block, attended(block, qkv, dropout_p, **arguments))
 
 
@@ -139,7 +139,7 @@ def dropout_p(block: Any) -> float:
 
 
 class ShiftedWindowBlock(Accelerated):
-    """The base class of timm's accelerated blocks, which store a mask and, except v2-CR, an index of the bias table.
+    """The base class of timm's accelerated blocks, which store a mask and, except v2-CR, an index into the bias table.
 
     Geometry, parameters and stored tensors are read or compared at every call, so changes such as ``set_input_size``
     take effect. timm's code runs if an op cannot replace it: with a hook on an inner module, a layer that is not an
@@ -160,7 +160,7 @@ RECOMPUTE_MLP = Recompute(HALVES[1], MLP, "post")
 
 
 def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
-    """Return x + drop_path(norm(y)), with the modules of one half of the block (1 or 2)."""
+    """Return x + drop_path(norm(y)), with the norm and the drop path of ``half`` (1 or 2)."""
     fused = HALVES[half - 1].add_normed(block, x, y)
     if fused is not None:
         return fused
@@ -174,5 +174,5 @@ def add_mlp_half(block: Any, s: Tensor) -> Tensor:
 
 
 def merging_shape(merging: Any) -> tuple[int, ...]:
-    """Return an even map size, because some versions of timm do not merge odd ones; the module stores no map size."""
+    """Return an even map size: ``merging`` stores no size, and some versions of timm reject odd ones."""
     return 6, 10, merging.reduction.in_features // 4

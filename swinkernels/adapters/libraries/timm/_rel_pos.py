@@ -18,7 +18,7 @@ watch(*_KINDS, methods=("get_bias",))
 
 
 def why_not_rel_pos(rel_pos: Any, name: str, window: Sequence[int]) -> str | None:
-    """Return the reason why timm's own code must add the bias of this module now, or None."""
+    """Return the reason why timm's own code currently has to add the bias of ``rel_pos``, or None."""
     kind = type(rel_pos)
     if kind not in _KINDS:
         return f"{name} is a {kind.__name__}, not one of timm's RelPosBias, RelPosBiasTf and RelPosMlp"
@@ -44,7 +44,7 @@ def offsets_of_axis(window: tuple[int], device: Any = "cpu") -> Tensor:
 
 
 def stored(rel_pos: Any) -> tuple[Tensor | None, ...]:
-    """Return the module's index or lookup buffers. The op computes their values instead of reading them."""
+    """Return the index or lookup buffers of ``rel_pos``. The op computes their values instead of reading them."""
     if rel_pos is None:
         return ()
     names = ("height_lookup", "width_lookup") if type(rel_pos) is RelPosBiasTf else ("relative_position_index",)
@@ -61,7 +61,7 @@ def _why_not_stored(rel_pos: Any, name: str) -> str | None:
 
 
 def bias_table(rel_pos: Any) -> Tensor:
-    """Return the bias table in the op's order, by query - key: ((2 * height - 1) * (2 * width - 1), num_heads)."""
+    """Return the bias table, ((2 * height - 1) * (2 * width - 1), num_heads), in row-major order of query - key."""
     kind = type(rel_pos)
     if kind is RelPosBias:
         return rel_pos.relative_position_bias_table

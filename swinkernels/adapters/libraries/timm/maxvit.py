@@ -1,8 +1,8 @@
 """Runs timm's MaxViT with this package's ops: attention in windows, in grids, or in both in parallel.
 
-timm cuts the map into windows or dilated grids. The layers before and after attention (Linear or 1x1 convolution)
+timm partitions the map into windows or dilated grids. The layers before and after attention (Linear or 1x1 convolution)
 process each token separately, so they run on the map in image order, and the op addresses windows and grids. q, k and v
-are views of the QKV layer's result; in models with ``head_first``, the q, k and v of each head are adjacent.
+are views of the QKV layer's output; in models with ``head_first``, the q, k and v of each head are adjacent.
 
 Source: timm.models.maxxvit, timm 0.9.16 and newer.
 """
@@ -33,7 +33,7 @@ watch(ParallelPartitionAttention, PartitionAttention2d, PartitionAttentionCl, me
 
 
 def why_not_attention(attn: Any, name: str, window: tuple[int, int]) -> str | None:
-    """Return the reason why timm's own code must run an attention module now, or None."""
+    """Return the reason why timm's own code currently has to run ``attn``, or None."""
     kind = original_class(attn)
     if kind is AttentionCl:
         reason = why_not_window_attention(attn, name)
@@ -76,9 +76,10 @@ def _dropout_p(attn: Any) -> float:
 
 
 def attend(attn: Any, x: Tensor, window: tuple[int, int], grid: bool, op: Callable[..., Tensor]) -> Tensor:
-    """Run an attention module on a whole map, in windows or, if ``grid``, in dilated grids; return the layout of x.
+    """Return the output of ``attn`` for the map ``x``, computed in windows or, if ``grid``, in dilated grids.
 
-    ``op(qkv, **arguments)`` and ``op(q, k, v, **arguments)`` are the two window attention ops.
+    The output has the layout of ``x``. ``op(qkv, **arguments)`` and ``op(q, k, v, **arguments)`` are the two window
+    attention ops.
     """
     qkv = attn.qkv(x)
     if isinstance(attn, Attention2d):
@@ -152,7 +153,7 @@ class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttenti
 
 
 def _attentions(block: Any) -> list[tuple[str, bool]]:
-    """Return the name of each attention module of a block, with True if it attends in grids."""
+    """Return, for each attention module of ``block``, its name and True if it attends in grids."""
     if "attn" in block._modules:
         return [("attn", not block.partition_block)]
     return [("attn_block", False), ("attn_grid", True)]
@@ -175,7 +176,7 @@ def _weight(block: Any) -> Tensor:
 
 
 def _map_size(block: Any) -> tuple[int, int]:
-    """Return the size of a map of 2 x 3 windows. The block stores no map size."""
+    """Return the size of a map of 2 x 3 windows, because ``block`` stores no map size."""
     height, width = block.partition_size
     return 2 * height, 3 * width
 

@@ -34,7 +34,7 @@ watch(WindowAttention, methods=("_get_rel_pos_bias",))
 
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
-    """Return the reason why timm's own code currently has to run this block's attention, or None."""
+    """Return the reason why timm's own code currently has to run the block's attention, or None."""
     reason = _blocks.why_not_attention(block, WindowAttention, takes_lora=True)
     if reason is not None:
         return reason
@@ -68,7 +68,7 @@ def _is_fused(block: AcceleratedSwinTransformerBlock, x: Tensor) -> bool:
 
 
 def _attended(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
-    """Return the attention of a map, before the projection."""
+    """Return the attention op's output for the map ``x`` (B, H, W, C), before the projection."""
     p = _blocks.dropout_p(block) if _dropout_is_on(block) else 0.0
     qkv = call_linear("attn.qkv", child(child(block, "attn"), "qkv"), x)
     return _blocks.attended(block, qkv, p, **_arguments(block))
@@ -105,7 +105,7 @@ def _first_half(block: AcceleratedSwinTransformerBlock, x: Tensor) -> tuple[Tens
 
 
 def _why_not_half(block: SwinTransformerBlock, training: bool | None) -> str | None:
-    """Return the reason why attention_half cannot replace a block's attention and norm1, or None."""
+    """Return the reason why the op attention_half cannot replace the block's attention and norm1, or None."""
     reason = _why_not_attention(block) or why_not_norm("norm1", child(block, "norm1"), block.dim)
     if reason is not None:
         return reason
@@ -121,7 +121,7 @@ _RECOMPUTE = Recompute(_RESIDUAL, _blocks.MLP, "pre", _why_not_half)
 
 
 def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
-    """Return the block's attention branch, computed by attention_half, or None if that is impossible for this map."""
+    """Return the output of the attention branch, computed by attention_half, or None if that cannot run on ``x``."""
     if not _blocks.mask_fits(block, x):
         return None
     attn = child(block, "attn")

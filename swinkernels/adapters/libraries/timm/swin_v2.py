@@ -28,7 +28,7 @@ watch(WindowAttention)
 
 
 def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
-    """Return the reason why timm's own code currently has to run this block's attention, or None."""
+    """Return the reason why timm's own code currently has to run the block's attention, or None."""
     reason = _blocks.why_not_attention(block, WindowAttention)
     if reason is not None:
         return reason
@@ -45,12 +45,12 @@ def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
 
 
 def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
-    """Return the op's logit_scale and the arguments that define the windows."""
+    """Return the op's arguments for scale, heads, windows and mask."""
     return {"logit_scale": child(block, "attn").logit_scale, **_blocks.shifted_windows(block)}
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return q, k and v of a map, and those of a pad token (None if they are zero)."""
+    """Return q, k and v of the map ``x``, and those of a pad token (None if they are zero)."""
     if attn.q_bias is None:
         return attn.qkv(x), None
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))

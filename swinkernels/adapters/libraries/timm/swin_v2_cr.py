@@ -1,7 +1,7 @@
 """Runs timm's own Swin Transformer V2 ("CR") with this package's ops: cosine attention, norms and patch merging.
 
 The bias comes from an MLP on the log coordinates of every pair of tokens. The MLP has a Dropout, active in training, so
-the module's own method computes the bias at every call, and the op gets it as a dense bias. Patch merging is as in v1.
+the module's own method computes the bias at every call, and the op receives a dense bias. Patch merging is as in v1.
 
 Source: timm.models.swin_transformer_v2_cr, timm 0.9.16 and newer.
 """
@@ -24,7 +24,7 @@ watch(WindowMultiHeadAttention)
 
 
 def _why_not_attention(block: SwinTransformerV2CrBlock) -> str | None:
-    """Return the reason why timm's own code currently has to run this block's attention, or None."""
+    """Return the reason why timm's own code currently has to run the block's attention, or None."""
     reason = _blocks.why_not_attention(block, WindowMultiHeadAttention)
     if reason is None and tuple(child(block, "attn").window_size) != tuple(block.window_size):
         reason = "attn.window_size is not the window_size of the block"

@@ -1,7 +1,7 @@
 """Runs timm's relative position ViT with an op: global attention with a bias table, as a single window.
 
 timm's own code runs if there is a class token or if the model passes one bias to all blocks, because the module then
-has no bias table of the op's form. timm's code also runs attention without a bias, because torch's attention is as
+has no bias table in the op's layout. timm's code also runs attention without a bias, because torch's attention is as
 fast.
 
 Source: timm.models.vision_transformer_relpos, timm 0.9.16 and newer.
@@ -25,7 +25,7 @@ watch(RelPosAttention)
 
 
 def _why_not(attn: Any) -> str | None:
-    """Return the reason why timm's own code must run this attention now, or None."""
+    """Return the reason why timm's own code currently has to run ``attn``, or None."""
     rel_pos = attn.rel_pos
     if rel_pos is None:
         return "it has no position bias of its own, and torch's attention is as fast as a window attention op"

@@ -1,6 +1,6 @@
 """The form of timm's ViT for SAM and ViTDet, which has unshifted windows and decomposed relative positions.
 
-timm's drop path drops windows instead of images, so the form cuts the map into windows before it.
+timm's drop path drops windows instead of images, so the form partitions the map into windows before the drop path.
 
 Source: timm.models.vision_transformer_sam, timm 0.9.16 and newer.
 """

@@ -2,10 +2,10 @@
 
 There is also a form for CoAtNet's attention over the whole map, which has a bias table.
 
-Linear layers process each token separately, so QKV and the projection need not run on separate windows: they run on the
-whole map, and the op finds the windows. NesT and Hiera pass tokens that are already grouped. A pad token is a row of
-zeros, so its q, k and v are the bias of the QKV layer. In TinyViT, where the padding precedes the norm, they are the
-result of norm and QKV for a row of zeros.
+Linear layers process each token separately, so QKV and the projection run on the whole map, and the op addresses the
+windows. In NesT and Hiera the tokens are already grouped into windows. A pad token is a row of zeros, so its q, k and v
+are the bias of the QKV layer. In TinyViT, where the padding precedes the norm, they are the result of norm and QKV for
+a row of zeros.
 
 Source: the modules davit, tiny_vit, gcvit, twins, nest, hiera, hieradet_sam2 and maxxvit of timm.models, timm 1.0.
 """
@@ -30,7 +30,7 @@ NO_BIAS = "it attends to the whole map without a bias, for which torch's own att
 
 
 def _dropout_p(attn: Any) -> float:
-    """Return the dropout probability of the attention weights in this call.
+    """Return the dropout probability of the attention weights in the current mode.
 
     timm's fused attention applies dropout if the attention module is in training mode, the unfused one if attn_drop is.
     """
@@ -40,7 +40,7 @@ def _dropout_p(attn: Any) -> float:
 
 
 def _sizes_of(window: Any, channels: int) -> tuple[tuple[int, ...], ...]:
-    """Return three map sizes: one with pads, one without pads, and a single window."""
+    """Return three map sizes: one that needs padding, one that does not, and a single window."""
     height, width = window
     return (height + 1, 2 * width + 1, channels), (2 * height, width, channels), (height, width, channels)
 
@@ -189,7 +189,7 @@ TWINS = Form(
 )
 
 
-# NesT. The map is already cut into blocks; each block becomes a row of the op's map.
+# NesT. The map is already partitioned into blocks; each block becomes a row of the op's map.
 
 
 def _nest(attn: Any, attend: Any, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Code that the layers of all families share."""
+"""Code shared by the adapters of all model families."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ NAME = "transformers"
 
 know_gelu(GELUActivation, lambda act: "none" if act.act is torch.nn.functional.gelu else None)
 
-# Attention has two forms. In Swin one module contains all four projections; in other families the module "self"
-# contains those of q, k and v, and the module "output" the last one.
+# Attention has two structures. In Swin one module contains all four projections; in other families the module "self"
+# contains those of q, k and v, and the module "output" contains the last one.
 
 
 def _projections(layer: Any) -> dict[str, Any]:
-    """Return the layers query, key, value and out of a layer's attention, by their paths."""
+    """Return the query, key, value and output projections of the layer's attention, keyed by path."""
     attention = child(layer, "attention")
     if "self" not in attention._modules:
         return {f"attention.{name}": child(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -53,7 +53,7 @@ def _projections(layer: Any) -> dict[str, Any]:
 
 
 def _position_bias(layer: Any) -> Any:
-    """Return the module that stores the window, the index of the bias table and the parameters of the bias."""
+    """Return the module that stores the window, the index into the bias table and the parameters of the bias."""
     attention = child(layer, "attention")
     return child(attention, "self" if "self" in attention._modules else "relative_position_bias")
 
@@ -73,7 +73,7 @@ def _index(layer: Any) -> Tensor | None:
 
 
 def _dropouts(layer: Any) -> dict[str, Any]:
-    """Return the dropouts of the attention weights, if they have a module, and of the result, by their paths."""
+    """Return the dropout modules of the attention weights, if there is one, and of the output, keyed by path."""
     attention = child(layer, "attention")
     if "self" not in attention._modules:
         return {"dropout": child(layer, "dropout")}
@@ -120,7 +120,7 @@ def _why_not_attention(layer: Any) -> str | None:
         return reason
     attention = child(layer, "attention")
     for path, linear in _projections(layer).items():
-        reason = why_not_linear(path, linear)  # another layer may mix tokens or change a pad token's result
+        reason = why_not_linear(path, linear)  # another layer may mix tokens or treat pad tokens differently
         if reason is not None:
             return reason
     for path, dropout in _dropouts(layer).items():
@@ -170,7 +170,7 @@ def _times_masked(kind: Any) -> int:
 
 
 def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
-    """Return the q, k and v of a pad token, or None if no layer has a bias."""
+    """Return q, k and v of a pad token, given the three layers, or None if no layer has a bias."""
     if q.bias is None and k.bias is None and v.bias is None:
         return None
     given = next(m.bias for m in (q, k, v) if m.bias is not None)
@@ -200,7 +200,7 @@ def _attention_arguments(layer: Any) -> dict[str, Any]:
 
 
 def _geometry(layer: Any) -> dict[str, Any]:
-    """Return the op's arguments that define the windows."""
+    """Return the op's arguments for heads and windows."""
     return {
         "num_heads": _num_heads(layer),
         "window_size": layer.window_size,
@@ -210,7 +210,7 @@ def _geometry(layer: Any) -> dict[str, Any]:
 
 
 def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the attention branch of a map's token sequence (B, L, C), without drop path."""
+    """Return the attention branch's output for ``x``, the tokens (B, L, C) of a map of ``size``, before drop path."""
     height, width = size
     *inputs, output = _projections(layer).items()
     x = x.view(x.shape[0], height, width, x.shape[2])
@@ -229,9 +229,9 @@ def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the factor per sample by which transformers' DropPath would multiply y, or None if the factor is 1.
+    """Return the per-sample factors by which transformers' DropPath would multiply y, or None if they are 1.
 
-    It is drawn from the same random numbers as in transformers.
+    They are computed from the same random numbers as in transformers.
     """
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
@@ -259,8 +259,8 @@ def _out(layer: Any) -> Any:
 _MERGING = Merging("pre", lambda merging: merging.reduction.in_features)
 _MERGING_V2 = Merging("post", lambda merging: merging.reduction.out_features)
 
-# Class of layers -> the modules that the op replaces, with their paths; the MLP; the number of times that v2 adds its
-# mask; the residual connections; the halves that recompute.
+# By class of layers: the path and the class of each module that the op replaces; the MLP; the number of times that v2
+# adds its mask to the scores; the residual connections; the halves that recompute.
 _INSIDE: dict[type, tuple[tuple[str, type[nn.Module]], ...]] = {}
 _MLP: dict[type, Mlp] = {}
 _MASKED: dict[type, int] = {}
@@ -269,7 +269,7 @@ _RECOMPUTE: dict[type, Recompute] = {}
 
 
 def _why_not_half(layer: Any, training: bool | None) -> str | None:
-    """Return the reason why attention_half cannot replace a v1 layer's attention and layernorm_before, or None."""
+    """Return the reason why attention_half cannot replace the attention and layernorm_before of a v1 layer, or None."""
     norm = "layernorm_before"
     reason = _why_not_attention(layer) or why_not_norm(norm, child(layer, norm), _width(layer))
     if reason is not None:
@@ -282,7 +282,7 @@ def _why_not_half(layer: Any, training: bool | None) -> str | None:
 
 
 def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
-    """Return a v1 layer's attention branch, computed by attention_half, or None if a parameter has another dtype."""
+    """Return a v1 attention branch's output, computed by attention_half, or None if a parameter has another dtype."""
     *qkv, proj = _projections(layer).values()
     y = attention_branch(
         x.view(x.shape[0], *size, x.shape[2]), child(layer, "layernorm_before"), qkv, proj,
@@ -292,17 +292,20 @@ def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
 
 
 class _Layer(Accelerated):
-    """A layer of any family that uses ops.
+    """Base class of the accelerated layers of all families.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. transformers' code runs if
-    the op cannot replace it: if attention weights are requested, if an inner module has a hook or was replaced, after a
+    Geometry, parameters and the index into the bias table are read or compared at every call. transformers' code runs
+    if the op cannot replace it: if attention weights are requested, if an inner module has a hook or was replaced, if a
     method was replaced, and while the code is traced.
     """
 
     set_shift_and_window_size: Any
 
     def _is_ours(self, x: Any, size: Any, always_partition: bool | None = True) -> bool:
-        """Fit the windows to the map, and return True if the op can run for x, the map's token sequence."""
+        """Return True if the op can run for ``x``, the tokens of a map of ``size``.
+
+        Unless ``always_partition``, first adapt the windows to the map.
+        """
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
             return False
         if not always_partition:
@@ -321,7 +324,7 @@ class PreNormLayer(_Layer):
     """A v1 layer: norm, attention, norm, MLP."""
 
     def _attention_half(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after attention, and its norm."""
+        """Return the residual stream after attention, and the output of layernorm_after for it."""
         (residual,) = _RESIDUALS[original_class(self)]
         y = attended(self, norm_for_linear(self, "layernorm_before", x, _width(self)), size)
         fused = residual.add_then_norm(self, x, y)
@@ -340,7 +343,7 @@ class PreNormLayer(_Layer):
 
 
 class PreNormLayerOfAnyMap(PreNormLayer):
-    """A v1 layer whose windows shrink to small maps unless an argument forbids it."""
+    """A v1 layer whose windows shrink to small maps unless ``always_partition`` is True."""
 
     def forward(
         self,
@@ -375,7 +378,7 @@ class PostNormLayer(_Layer):
 
 
 class _MergingOfSequences(Accelerated):
-    """Patch merging that is computed by an op."""
+    """Base class of patch merging of token sequences, computed by an op."""
 
     def _merge(self, how: Merging, x: Tensor, size: Any) -> Tensor | None:
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
@@ -385,7 +388,7 @@ class _MergingOfSequences(Accelerated):
 
 
 class PreNormMerging(_MergingOfSequences):
-    """Patch merging of v1 that is computed by an op."""
+    """Patch merging of v1, computed by an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING, input_feature, input_dimensions)
@@ -393,7 +396,7 @@ class PreNormMerging(_MergingOfSequences):
 
 
 class PostNormMerging(_MergingOfSequences):
-    """Patch merging of v2 that is computed by an op."""
+    """Patch merging of v2, computed by an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING_V2, input_feature, input_dimensions)
@@ -409,12 +412,12 @@ def _run_with_size(module: Any, x: Tensor) -> Tensor:
 
 
 def _map_size(layer: Any) -> tuple[int, int]:
-    """Return the size of a map with padding on each axis and a shift, because a layer stores no map size."""
+    """Return a map size that needs padding and a shift on each axis, because ``layer`` stores no map size."""
     return layer.window_size + 1, layer.window_size + 2
 
 
 def _qkv_weight(layer: Any) -> Tensor:
-    """Return a weight with the shape and dtype of the query, key and value weights together."""
+    """Return a tensor with the shape and dtype of the concatenated query, key and value weights."""
     q, *_ = _projections(layer).values()
     # Do not call q.weight.new_empty: the class of this tensor may not support factory functions.
     one = torch.empty((), dtype=q.weight.dtype, device=q.weight.device)
@@ -430,12 +433,13 @@ def layer_adapter(
     takes: Sequence[str],
     cosine: Any = None,
 ) -> Adapter:
-    """Make the adapter for a class of layers.
+    """Create the adapter for a class of layers.
 
     Args:
         original, accelerated: the layer's class and its accelerated subclass.
-        inside: the classes of the attention and of its children, by their paths.
-        mlp, drop_path: the classes of these children; an MLP is one module, or a pair of "intermediate" and "output".
+        inside: the classes of the attention and of its children, keyed by path.
+        mlp: the class of the MLP or, if it consists of the modules "intermediate" and "output", their classes.
+        drop_path: the class of the drop path.
         takes: the names of the forward's arguments.
         cosine: the class of the inner attention in v2, else None.
     """
@@ -491,7 +495,7 @@ def layer_adapter(
 
 
 def merging_adapter(original: type[nn.Module], accelerated: type[nn.Module]) -> Adapter:
-    """Make the adapter for a class of patch merging; the accelerated class determines v1 or v2."""
+    """Create the adapter for a class of patch merging modules; ``accelerated`` determines whether it is v1 or v2."""
     how = _MERGING_V2 if issubclass(accelerated, PostNormMerging) else _MERGING
     return how.adapter(
         NAME, original, accelerated, lambda merging: (6, 5, merging.reduction.in_features // 4), run=_run_with_size

@@ -1,4 +1,4 @@
-"""Makes the forms of SAM's vision layers and of their copies in other models of transformers.
+"""Creates the forms of SAM's vision layers and of their copies in other models of transformers.
 
 Source: transformers.models of sam, sam_hq and got_ocr2, transformers 5.
 """
@@ -35,7 +35,7 @@ def _forward(layer: Any, attend: Any, hidden_states: Tensor) -> Any:
 
 
 def sam_form(name: str, kind: type[nn.Module]) -> Form:
-    """Return the form for the layer class of a model."""
+    """Return the form of ``kind``, the layer class of the model ``name``."""
     return Form(
         name=f"transformers {name}",
         of=kind,

@@ -1,4 +1,4 @@
-"""The form of Hiera's attention inside mask units. Tokens are ordered by mask unit.
+"""The form of Hiera's attention inside mask units. Consecutive tokens belong to different mask units.
 
 Source: transformers.models.hiera.modeling_hiera, transformers 5.
 """
@@ -22,7 +22,7 @@ def _forward(attn: Any, attend: Any, hidden_states: Tensor, output_attentions: b
         return "it attends to the whole map without a bias, for which torch's own attention is as fast"
     if hidden_states.dim() != 3 or hidden_states.shape[1] % attn.window_size:
         return "the tokens do not form whole mask units"
-    # Each unit is a column of this map.
+    # Each mask unit becomes a column of the op's map.
     qkv = attn.qkv(hidden_states).unflatten(1, (attn.window_size, -1))
     y = attend(qkv, num_heads=attn.num_heads, window_size=(attn.window_size, 1), scale=attn.scale)
     return attn.proj(y.flatten(1, 2)), None

@@ -23,7 +23,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
-    """Swin's layer, computed by ops. It returns None instead of the attention weights, as with "sdpa"."""
+    """Swin's layer, computed by ops. It returns None for the attention weights, like Swin's own layer with "sdpa"."""
 
     def forward(  # type: ignore[override]  # the base class is annotated to return one tensor
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
