@@ -11,18 +11,19 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
 # The tests that `make coverage` runs.
 TESTS ?= $(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))
-# The branch that `make check` compares with.
+# The branch or commit that `make check` compares the working tree with.
 BASE ?= main
-# The faults that `make faults` inserts, by name or prefix.
+# The faults that `make faults` inserts, by name or prefix; all of them by default.
 FAULTS ?=
-# The parts that `make test-all` runs, even if they have run before.
+# The parts that `make test-all` runs, passed before or not; by default those that have not passed at this commit.
 PARTS ?=
 # The arguments of `python -m benchmarks` in `make bench`.
 BENCH ?= all --quick
 # The number of random calls in `make sanitize-cpu`.
 CALLS ?= 10000
 # For `make gpu-check`: BUDGET is the time limit in seconds (480 by default), STEPS lists the steps (by default all but
-# three), AGAINST is another _ops library to time for comparison, and REHEARSE=1 runs the steps without a GPU.
+# three), AGAINST is the path of another `_ops` library to compare times with, and REHEARSE=1 runs the steps without a
+# GPU.
 BUDGET ?=
 STEPS ?=
 AGAINST ?=
@@ -98,7 +99,7 @@ $(lint_stamp): pyproject.toml constraints.txt
 	$(call phase,install-lint,installing the linters into $(linters),$(call install,$(linters),--group lint))
 	@touch $@
 
-# This always runs, because ninja detects changes; without changes it takes seconds.
+# The recipe always runs, because ninja detects changes; without changes it takes seconds.
 build: $(torch_stamp)
 	$(call phase,compile,compiling csrc/ in place ($(kernels)),\
 		$(in_venv) SWINKERNELS_BUILD=$(SWINKERNELS_BUILD) $(run) setup.py build_ext --inplace)
@@ -112,13 +113,13 @@ test: CUDA = 1
 test: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not long' $(PYTEST_ARGS)
 
-# Writes tests/last_full_run.json, part by part.
+# Records each part's results in tests/last_full_run.json.
 test-all: CUDA = 1
 test-all: $(dev_stamp) build
 	$(call phase,install-interop,installing packages for the interop tests into $(VENV),$(call install,$(VENV),$(TORCH) --group interop))
 	$(in_venv) $(run) -m tests.run_all $(PARTS)
 
-# Builds for this machine's torch. For another CUDA major, set CUDA_HOME and a TORCH built for it.
+# Builds for this machine's torch. For another major version of CUDA, set CUDA_HOME, and TORCH to a build for it.
 wheel: $(torch_stamp)
 	$(call phase,install-wheel,installing auditwheel into $(VENV),$(call install,$(VENV),$(TORCH) --group wheel))
 	$(call phase,wheel-cpu,building the CPU wheel,$(in_venv) $(run) -m release.wheel cpu)
@@ -128,9 +129,9 @@ wheel: $(torch_stamp)
 faults: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)
 
-# Lists the lines of the package and the CPU kernels that no test runs. This takes longer than the tests; TESTS selects
-# some of them. Each folder runs in a separate process, because pytest-xdist kills workers that take seconds to write
-# their counters.
+# Lists the lines of the package and the CPU kernels that no test runs. This takes longer than `make test`; TESTS
+# selects a subset of the tests. Each folder runs in a separate process, because pytest-xdist kills workers that take
+# seconds to write their coverage counters.
 coverage: $(dev_stamp)
 	$(call phase,install-coverage,installing coverage and gcovr into $(VENV),$(call install,$(VENV),--group coverage))
 	$(call phase,compile-coverage,compiling the CPU kernels with counters,\
@@ -146,7 +147,7 @@ coverage: $(dev_stamp)
 	@echo 'The lines: build/coverage/package.txt, build/coverage/kernels.txt'
 	@$(MAKE) --no-print-directory build
 
-# No test starts after half a minute; the remaining tests are skipped and reported.
+# After 30 seconds no further test starts; the remaining tests are skipped and reported.
 check: lint types build
 	@tests=$$($(run) tests/changed.py --since $(BASE)) && echo "tests: $$tests" && \
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n 2 --dist worksteal -q -m 'not slow and not long and not gpu' \
@@ -177,7 +178,7 @@ gpu := $(PYTHON) -m gpu check --out $(RESULTS) --against "$(AGAINST)" $(if $(REH
 gpu-check:
 	$(gpu) $(if $(BUDGET),--budget $(BUDGET)) $(if $(STEPS),--steps $(STEPS))
 
-# For sm_90 unless TORCH_CUDA_ARCH_LIST is set. A bundle above 40 MiB is an error.
+# Builds for sm_90 unless TORCH_CUDA_ARCH_LIST is set. A bundle larger than 40 MiB is an error.
 gpu-bundle:
 	SWINKERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m gpu bundle

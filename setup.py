@@ -235,7 +235,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
 
 
 def wheel_for_every_python() -> type:
-    """Return a bdist_wheel whose tag is py3-none and the platform, because the op library does not depend on Python."""
+    """Return a bdist_wheel class that tags wheels py3-none-PLATFORM, since the op library does not depend on Python."""
     from setuptools.command.bdist_wheel import bdist_wheel
 
     class WheelForEveryPython(bdist_wheel):

@@ -36,7 +36,7 @@ def kernels(device: torch.device) -> dict[str, str | None]:
 
 
 def contestants(device: torch.device, wanted: Sequence[str]) -> list[str]:
-    """Return the contestants in ``wanted`` (all if empty) that can run on the device with this installation."""
+    """Return the contestants in ``wanted`` (all if empty) that can run on ``device`` with this installation."""
     on_cpu = device.type == "cpu"
     names = [name for name, reason in kernels(device).items() if reason is None]
     # On a CPU, FlexAttention has no backward pass, and cuEquivariance has no kernel.
@@ -52,7 +52,8 @@ def make_op(name: str, case: WindowAttentionCase, dtype: torch.dtype, device: to
     return torch.compile(peer, fullgraph=True, dynamic=False) if compiled else peer
 
 
-# The maximum number of scores: the float64 reference's backward pass needs several tensors of this size, 1.2 GB each.
+# The maximum number of scores in a check on a CPU: the backward pass of the float64 reference needs several tensors of
+# this many elements, 1.2 GB each.
 MOST_SCORES_ON_CPU = 150_000_000
 
 
@@ -75,8 +76,8 @@ def verify(
 ) -> tuple[bool, float]:
     """Check the output and the gradients of a contestant on at most two images.
 
-    Returns whether they are correct, and their worst RMS error in units of ``eps`` (default: the dtype's). Our backends
-    are correct if their errors are within the error budget of the tests; the others are judged by
+    Returns whether they are correct, and their worst RMS error in units of ``eps`` (default: that of ``dtype``). Our
+    backends are correct if their errors are within the error budget of the tests; the other contestants are judged by
     :func:`contest.compare`.
     """
     case = to_verify(case, device)

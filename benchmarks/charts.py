@@ -100,9 +100,9 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
 
 
 def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], float]:
-    """Return the time of the fastest other implementation of window attention divided by our fastest time.
+    """Return, for each (shape, dtype), the time of the fastest other implementation divided by our fastest time.
 
-    The keys are (shape, dtype). All times are for ``direction``.
+    All times are for window attention in ``direction``.
     """
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in _right(rows, "ops"):
@@ -268,7 +268,7 @@ def scalings(rows: Sequence[Row], path: Path) -> None:
 
 
 def complexity(rows: Sequence[Row], path: Path) -> None:
-    """Plot the time of whole layers against the number of tokens, with the paper's formulas scaled to the last time."""
+    """Plot the time of whole layers against the number of tokens, and the paper's formulas scaled to the last point."""
     c, w = shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_WINDOW
     omega: dict[str, Callable[[int], int]] = {
         "global": lambda side: formulas.msa_multiply_adds(side, side, c),

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit(but: str = "") -> str:
-    """Return the commit of the sources, with "+" if any file other than ``but`` has been edited since.
+    """Return the commit of the sources, followed by "+" if a tracked file outside the path ``but`` was edited since.
 
-    The result is "unknown" without a git repository. A folder made by ``python -m gpu bundle`` stores the commit in a
+    Outside a git repository, the result is "unknown". A folder made by ``python -m gpu bundle`` stores the commit in a
     file.
     """
     if (ROOT / "COMMIT").exists():

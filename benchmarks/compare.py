@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks import record
 
-# The smallest relative change of a median that is reported. Even on a quiet machine, the medians of separate runs
-# differ by more than the times within one run.
+# The smallest relative change of a median that is reported. Even on a quiet machine, medians vary more between runs
+# than times vary within a run.
 REPEATS_TO = 0.05
 # The fraction by which a kernel's instructions may exceed the baseline.
 GROWTH = 0.02
@@ -91,7 +91,7 @@ def read_baseline(path: Path) -> list[dict[str, str]]:
 
 
 def write_baseline(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write ``rows`` into the file, in place of its rows for the same compilers; keep those for other compilers."""
+    """Write ``rows`` to the file; they replace all of its rows for the same compilers."""
     compilers = {row["compiler"] for row in rows}
     kept = [row for row in read_baseline(path) if row["compiler"] not in compilers]
     with path.open("w", newline="") as file:

@@ -53,7 +53,7 @@ def run(command: Sequence[str | Path], cwd: str | None = None) -> str:
 
 @functools.cache
 def compiler() -> str:
-    """Return the compiler and its version, such as "nvcc 13.0.88"."""
+    """Return the name and version of the CUDA compiler, such as "nvcc 13.0.88"."""
     version = re.search(r"V(\d+\.\d+\.\d+)", run([tool("nvcc"), "--version"]))
     return f"nvcc {version[1]}" if version else "nvcc"
 
@@ -83,7 +83,7 @@ def command(root: Path, arch: str, source: Path, out: Path) -> list[str]:
 
 
 def compile_one(root: Path, arch: str, source: Path) -> Path:
-    """Return the path of a source's object file; compile it unless the cache has one for this source and headers."""
+    """Return the path of a source's object file; compile the source unless an up-to-date object is in the cache."""
     cache = Path(tempfile.gettempdir()) / f"swinkernels-compiled-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     key = hashlib.sha256(repr((compiler(), arch, command(Path(), arch, Path(source.name), Path()))).encode())

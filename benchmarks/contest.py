@@ -1,8 +1,8 @@
 """Check the contestants of an op benchmark, then time them in turn: one row per contestant and direction.
 
-The roofline is the larger of bytes over the copy rate and flops over the matrix rate, both measured in the same run. On
-a GPU, replays of CUDA graphs are timed, with rotating inputs that exceed the L2 cache, and a device copy of the same
-number of bytes is timed in the same way.
+The roofline time is the larger of bytes divided by the copy rate and flops divided by the rate of matrix products; both
+rates are measured in the same run. On a GPU, replays of CUDA graphs are timed, with rotating inputs that exceed the L2
+cache, and a device copy of the same number of bytes is timed in the same way.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ CONSTANTS = ("drop_path_scale",)  # inputs that need no gradient
 
 
 def leaves_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of the inputs as leaf tensors that require a gradient, apart from CONSTANTS."""
+    """Return copies of the inputs as leaf tensors; all but CONSTANTS require a gradient."""
     return {k: x.detach().clone().requires_grad_(k not in CONSTANTS) for k, x in inputs.items()}
 
 
@@ -90,8 +90,8 @@ def make_calls(
 ) -> dict[str, Call]:
     """Return the call to time for each direction.
 
-    ``sets`` are sets of inputs, and ``gradients`` the output gradients for each set. The backward pass is timed alone
-    only if it is a single op of this package (``bare_backward``).
+    ``sets`` contains sets of inputs, and ``gradients`` the output gradients for each set. The backward pass is timed
+    alone only if it is a single op of this package (``bare_backward``).
     """
     leaves = [leaves_of(inputs) for inputs in sets]
 
@@ -159,7 +159,7 @@ def run(
         calls.pop(name, None)
 
     torch.compiler.reset()  # do not reuse code compiled for another shape
-    with torch._dynamo.config.patch(recompile_limit=64):  # all peers compile the same functions
+    with torch._dynamo.config.patch(recompile_limit=64):  # all peers are compiled from the same functions
         for name in names:
             try:
                 right, error = contest.verify(name)

@@ -48,7 +48,7 @@ class Missing(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The arguments of a call of the kernels, on a small map."""
+    """The arguments of a kernel call on a small map."""
 
     name: str
     size: tuple[int, int, int]
@@ -62,7 +62,7 @@ class Case:
     has_all_dtypes: bool = False  # else float32 only
 
     def numbers(self, direction: str, dtype: str) -> str:
-        """Return the fields of the struct Call in cpu_kernels.cpp, separated by commas."""
+        """Return the fields of the struct ``Call`` in cpu_kernels.cpp as numbers separated by commas."""
         flags = (BIASES[self.bias], int(self.cosine))
         first = (("forward", "backward").index(direction), DTYPES[dtype], self.batch)
         return ",".join(map(str, (*first, *self.size, *self.window, *self.shift, self.heads, self.head_dim, *flags)))
@@ -134,7 +134,7 @@ def short_name(function: str) -> str:
 
 
 def own_costs(dump: str) -> Counter[str]:
-    """Return the instruction counts in callgrind's output by short function name, without those of callees."""
+    """Return each function's own instruction count in callgrind's output, by short name; callees are excluded."""
     names: dict[str, str] = {}
     costs: Counter[str] = Counter()
     function, skips = "", False
@@ -227,7 +227,7 @@ def _row(arch: str, kernel: str, case: str, costs: Counter[str], of: str) -> dic
 
 
 def count(arch: str) -> list[dict[str, Any]]:
-    """Return the rows for ``arch``: one per call ("avx2"), or the numbers and lengths of innermost loops ("avx512")."""
+    """Return the rows for ``arch``: one per call ("avx2"), or the number and lengths of innermost loops ("avx512")."""
     if os.uname().machine != "x86_64":
         raise Missing(f"{arch} kernels exist only for x86_64, and this machine is {os.uname().machine}")
     found = objects()
@@ -256,7 +256,7 @@ def count(arch: str) -> list[dict[str, Any]]:
 
 
 def against_baseline(archs: Sequence[str] = ARCHS) -> int:
-    """Print the kernels that grew; return 1 if any grew, else 2 if a comparison was impossible, else 0."""
+    """Print the counts that grew; return 1 if any grew, else 2 if a comparison was impossible, else 0."""
     status = 0
     for arch in archs:
         try:

@@ -57,7 +57,7 @@ class Numbers {
 
 int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
-// Returns a map in image order with `width` elements per token, whose first element is at `data`.
+// Returns the map that begins at `data`, with tokens in image order, `width` elements apart.
 template <class Map, class Data>
 Map map_of(const Call& call, Data* data, int64_t width) {
   Map map{};

@@ -23,13 +23,13 @@ def window_msa_multiply_adds(height: int, width: int, channels: int, window: int
 
 
 def core_bytes(case: WindowAttentionCase, itemsize: int) -> dict[str, int]:
-    """Return the bytes moved: forward reads 3 maps (B, *S, C) and writes 1, backward reads 4 and writes 3."""
+    """Return the bytes to move, by direction: forward reads 3 maps (B, *S, C), writes 1; backward reads 4, writes 3."""
     one = case.batch * math.prod(case.size) * case.num_heads * case.head_dim * itemsize
     return {"fwd": 4 * one, "bwd": 7 * one, "fwd+bwd": 11 * one}
 
 
 def core_flops(case: WindowAttentionCase) -> dict[str, int]:
-    """Return the flops of the matrix products (two forward, five backward), counting a multiply-add as two.
+    """Return the flops of the matrix products by direction (two forward, five backward); a multiply-add counts as two.
 
     Windows are counted in full, including pad tokens.
     """

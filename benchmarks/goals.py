@@ -1,4 +1,4 @@
-"""Performance goals for kernels and models on a GPU, and verdicts from measured rows."""
+"""Performance goals for kernels and models on a GPU, and verdicts on them computed from measured rows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MERGING_GOAL = 1.15
 
 
 class ModelGoal(NamedTuple):
-    """The speed that a contestant must reach, as a multiple of the fastest other contestant's."""
+    """The minimum speed of contestant ``mine``, as a multiple of the speed of the fastest of ``others``."""
 
     suite: str
     shape: str
@@ -81,7 +81,7 @@ MODEL_GOALS = (
     ModelGoal("models", "swin_unetr96", "inference", "accelerate", ("eager",), 2.0),
     ModelGoal("models", "swin_unetr96", "training", "accelerate", ("eager",), 1.7),
 )
-# The maximum peak memory of a training step at shapes.MODEL_GOAL, as a multiple of the best compiled original's.
+# The maximum peak memory of a training step at shapes.MODEL_GOAL, as a multiple of the best compiled original's peak.
 MODEL_MEMORY_GOAL = 0.85
 # Comparisons of models: (suite, model, contestants, modes). The last contestant is accelerated and must not be slower
 # than any other.
@@ -96,7 +96,7 @@ MODEL_CONTESTS = (
 
 
 def of_time(row: Mapping[str, Any]) -> float | None:
-    """Return the goal for a row of our kernels: a minimum % of a copy's speed, a maximum in us, or None for no goal."""
+    """Return the goal for a row of our kernels: a minimum speed in % of a copy's, a maximum time in us, or None."""
     op, shape, backend, direction = (row[k] for k in ("op", "shape", "backend", "direction"))
     if direction not in ("fwd", "bwd"):
         return None
@@ -112,7 +112,7 @@ def of_time(row: Mapping[str, Any]) -> float | None:
 
 
 def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the verdicts on all goals from the lines of GPU runs (gpu/lines.py); later lines replace earlier ones."""
+    """Return the verdicts on all goals, given lines of GPU runs (gpu/lines.py); later lines replace earlier ones."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in lines:
         if line["step"] in ("time", "peers", "models") and line.get("build", "shipped") == "shipped" and "us" in line:
@@ -224,7 +224,7 @@ def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def model_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the verdicts on the goals of models in bfloat16, including that none is slower than its original."""
+    """Return the verdicts on the goals of models in bfloat16, among them that none is slower than its original."""
 
     def contest_of(
         suite: str, shape: str, mode: str, mine: str, others: Iterable[str], column: str = "median_us"

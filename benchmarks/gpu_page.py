@@ -1,4 +1,4 @@
-"""Write docs/gpu.md and the README's GPU figures, only from the lines of runs on a GPU (``make gpu-check``).
+"""Write docs/gpu.md and the README's GPU figures from the lines of runs on a GPU (``make gpu-check``) alone.
 
 Each file ``*.jsonl`` in a folder of ``benchmarks/results`` is one run. The page shows each kernel's results from the
 newest run that contains the kernel.
@@ -166,7 +166,7 @@ def _goals(runs: Runs) -> str:
 def readme_text(runs: Runs) -> str:
     """Return the README's sentence about the speed of window attention on CUDA in bfloat16.
 
-    If it was not measured, the sentence says that no kernel has been timed.
+    If no run measured it, the sentence says that no kernel has been timed.
     """
     shown = [x for x in _shown(runs, "time") if x["backend"] == "cuda" and x["op"] == "window_attention"]
     shown = [x for x in shown if x["unit"] == "% of copy" and x["dtype"] == "bfloat16"]

@@ -1,6 +1,6 @@
 """Measure the host time of a window attention call: CPU time of the calling thread and of the process.
 
-Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
+Run as ``python -m benchmarks.host_cost``; ``--help`` lists the options.
 
 The map is tiny, so a kernel only runs for about a microsecond. On a GPU, the calling thread only launches the kernel,
 which runs in parallel with the host. The backward pass runs in an autograd thread, so thread_us excludes it and
@@ -136,13 +136,13 @@ def _cannot_run(case: WindowAttentionCase, dtype: torch.dtype, device: torch.dev
 
 
 def backends(device: torch.device) -> list[str]:
-    """Return the names of our backends that can run on the device."""
+    """Return the names of our backends that can run on ``device``."""
     names = [b for b in _backends.BACKENDS if b not in _backends.PLAIN and (b == "cpu") == (device.type == "cpu")]
     return [b for b in names if _backends.unavailable(b) is None]
 
 
 def rows(device: torch.device, dtype: torch.dtype, backend: str) -> list[dict[str, Any]]:
-    """Return host times as rows of the latency suite. On a CPU, one thread is used: each map has one window."""
+    """Return host times as rows of the latency suite. On a CPU, one thread is used, because a map has one window."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

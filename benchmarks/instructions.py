@@ -50,7 +50,7 @@ from benchmarks.compiled import run as run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "benchmarks" / "results" / "instructions.csv"
-GROWTH = 0.02  # the fraction by which a kernel may grow before a comparison fails
+GROWTH = 0.02  # the fraction by which a count may exceed its baseline
 _KEYS = ("arch", "kernel", "case")
 _DTYPES = {"bf16": (2, "bfloat16"), "f16": (1, "half")}  # DType of csrc/params, name of the instantiation files
 _SWIN_T_WINDOWS = 128 * 64 * 3
@@ -88,7 +88,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """Return the bytes of the maps and of lse that one window and head read and write."""
+        """Return the bytes of the maps and of lse that are read and written for one window and head."""
         rows = 4 if self.kernel == "fwd" else 7
         return self.tokens * (rows * self.head_dim * 2 + (4 if self.lse or self.kernel == "bwd" else 0))
 
@@ -127,13 +127,13 @@ HOT = tuple(c for c in CASES if c.name in ("w7 d32 bf16", "w7 d32 bf16 lse", "w8
 
 
 class Device(NamedTuple):
-    """Published figures of an architecture's device, and the limits of a multiprocessor."""
+    """Published figures of one GPU of an architecture, and the limits of its multiprocessors."""
 
     name: str
     multiprocessors: int
     ghz: float
     gb_per_s: float
-    matrix_fma: int  # 16-bit products with float sums, per cycle and multiprocessor
+    matrix_fma: int  # 16-bit multiply-adds with float accumulation, per cycle and multiprocessor
     shared_bytes: int  # per multiprocessor; a block takes 1 KB more than it requests
     most_warps: int
     most_blocks: int
@@ -150,7 +150,7 @@ DEVICES = {
 def blocks_per_multiprocessor(device: Device, registers: int, shared_bytes: int, warps: int) -> int:
     """Return the number of resident blocks per multiprocessor.
 
-    Registers are allocated to warps in units of 256, and each of the four schedulers has a quarter of them.
+    Registers are allocated to warps in units of 256, and each of the four schedulers owns a quarter of all registers.
     """
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 4 * (16384 // of_warp) // warps
@@ -169,7 +169,7 @@ class Kernel(NamedTuple):
 
 
 def _read_parameters(path: Path) -> dict[str, tuple[int, tuple[tuple[int, int], ...]]]:
-    """Return, for each kernel in a cubin, its parameters' start in the constant bank, and their offsets and sizes."""
+    """Map each kernel of a cubin to its parameters' start in the constant bank, and to their offsets and sizes."""
     data = path.read_bytes()
     (table,) = struct.unpack_from("<Q", data, 40)
     count, names = struct.unpack_from("<HH", data, 60)
@@ -220,8 +220,8 @@ class Build:
         self.kernels: dict[str, Kernel] = {}
         for path in objects[1:]:
             self._read(path)
-        # Launches defined in other instantiation files are never called, so any address will do. -Bsymbolic keeps a
-        # CUDA runtime loaded by torch from replacing the recorder.
+        # Launch functions defined in other instantiation files are never called, so any address will do. -Bsymbolic
+        # keeps a CUDA runtime loaded by torch from replacing the recorder.
         with tempfile.TemporaryDirectory() as scratch:
             library = Path(scratch) / "recorder.so"
             link: list[str | Path] = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", library]
@@ -248,7 +248,7 @@ class Build:
 
 
 class _Call(ctypes.Structure):
-    """The struct Call of launch_recorder.cpp."""
+    """Mirror of the struct ``Call`` in launch_recorder.cpp."""
 
     _fields_ = [
         ("batch", ctypes.c_int64),
@@ -280,7 +280,7 @@ _SIZES_AT = {"sm_80": (0x0, 0xC), "sm_90": (0x0, 0xC), "sm_100": (0x360, 0x370),
 
 
 class Counted(NamedTuple):
-    """Execution counts of one kernel, by warp and by position in its code: (warps, instructions)."""
+    """Execution counts of one kernel; the arrays have the shape (warps, instructions in its code)."""
 
     instructions: np.ndarray
     passes: np.ndarray
@@ -304,9 +304,9 @@ def run(
     size: Sequence[int] | None = None,
     fill: dict[str, np.ndarray] | None = None,
 ) -> Run:
-    """Run a call with one head on a device with room for a single block; return its counts and its arrays.
+    """Run a call with one head on a simulated device with room for a single block; return its counts and its arrays.
 
-    The map has ``windows`` windows along its second axis unless ``size`` is given. ``fill`` has the initial values of
+    The map has ``windows`` windows along its second axis unless ``size`` is given. ``fill`` gives initial values of
     arrays by name; the other arrays are zero.
     """
     window = (*(1,) * (3 - len(case.window)), *case.window)
@@ -361,7 +361,7 @@ def run(
         constants = np.zeros(kernel.constant_base + end + 256, np.uint8)
         for at, sizes in zip(_SIZES_AT[build.arch], (block, grid), strict=True):
             constants[at : at + 12].view(np.uint32)[:] = sizes[:3]
-        if build.arch == "sm_80":  # the generic address of shared memory; in later architectures a special register
+        if build.arch == "sm_80":  # the generic address of shared memory; later architectures use a special register
             constants[0x18:0x20].view(np.uint64)[:] = sass.SHARED_WINDOW << 32
         for number, (offset, length) in enumerate(kernel.parameters):
             at = kernel.constant_base + offset
@@ -445,7 +445,7 @@ def _short_name(mangled: str) -> str:
 
 
 def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOWS) -> dict[str, Any]:
-    """Return the CSV row of a case. The derived times are for ``windows`` windows times heads."""
+    """Return the CSV row of a case; ``windows`` is the number of windows times heads for the derived times."""
     try:
         counted = per_window(build, case)
     except sass.Fault:
@@ -540,7 +540,7 @@ class NoBaseline(Exception):
 
 
 def grown(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], most: float = GROWTH) -> list[str]:
-    """Return a line for each row that exceeds its baseline by more than the fraction ``most``.
+    """Return a line for each row whose count exceeds its baseline by more than the fraction ``most``.
 
     Raises NoBaseline if no row has a baseline.
     """

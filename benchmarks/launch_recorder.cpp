@@ -9,7 +9,7 @@
 
 #include "params/window_attention_cuda.h"
 
-// The arguments from instructions.py; addresses are in its simulated device memory.
+// The arguments passed by instructions.py. Addresses refer to its simulated device memory.
 struct Call {
   int64_t batch;
   int32_t size[3], window[3], shift[3];

@@ -41,7 +41,7 @@ class Bench:
     inputs: Callable[[MapCase, Pair], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # name -> shape and dtype
     ours: Callable[[MapCase, Pair, str], Op]  # by backend
     peer: Callable[[MapCase, Pair], Op]
-    exact: Callable[[MapCase], Op]  # the reference; its inputs have the dtype to compute in
+    exact: Callable[[MapCase], Op]  # the reference, which computes in the dtype of its inputs
     moved: Callable[[MapCase, Pair], tuple[int, int]]  # bytes moved forward and backward
     bare_backward: bool = True  # the backward pass is one op
 
@@ -76,7 +76,7 @@ def _merged_width(case: MapCase) -> int:
 
 
 def _order(case: MapCase) -> str:
-    return "swin" if len(case.size) == 2 else "row_major"  # the neighbour orders of peers.gather_neighbours
+    return "swin" if len(case.size) == 2 else "row_major"  # as in peers.gather_neighbours
 
 
 def _merging_norm(case: MapCase, pair: Pair, backend: str) -> Op:
@@ -137,7 +137,7 @@ def _norm_then_add(case: MapCase, pair: Pair) -> Op:
 
 
 def _bytes(case: MapCase, read: Sequence[torch.dtype], written: Sequence[torch.dtype]) -> int:
-    """Return the total bytes moved if one map is read or written for each dtype in ``read`` and ``written``."""
+    """Return the bytes moved by reading a map for each dtype in ``read`` and writing one for each in ``written``."""
     return _tokens(case) * case.channels * sum(d.itemsize for d in (*read, *written))
 
 
@@ -147,7 +147,8 @@ def _post_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
 
 
 def _residual_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    # ds, dz and s are read. If x and y have the same dtype, one tensor is the gradient of both.
+    # The sum and the gradients of both results are read. If x and y have the same dtype, one tensor is the gradient of
+    # both.
     gradients = pair[:1] if pair[0] == pair[1] else pair
     return _bytes(case, pair, pair), _bytes(case, (pair[0], pair[1], pair[0]), gradients)
 
@@ -299,14 +300,14 @@ BENCHES: dict[str, Bench] = {
 
 
 def cases(op: str) -> dict[str, MapCase]:
-    """Return the shapes for an op, by name."""
+    """Return the shapes at which ``op`` is timed, by name."""
     if op == "patch_expanding":
         return shapes.EXPANDED_MAPS
     return {**shapes.MAP_GOALS, **(shapes.PADDED_MAPS if op in ("window_partition", "window_reverse") else {})}
 
 
 def contestants(op: str, device: torch.device, wanted: Sequence[str] = ()) -> list[str]:
-    """Return the contestants in ``wanted`` (all if empty) that can run an op on the device."""
+    """Return the contestants in ``wanted`` (all if empty) that can run ``op`` on ``device``."""
     implemented = BENCHES[op].implemented
     names = list(PEERS)
     if implemented is not None:
@@ -329,7 +330,7 @@ def draw(op: str, case: MapCase, pair: Pair, device: torch.device, seed: int = 0
     inputs = {}
     for name, (shape, dtype) in BENCHES[op].inputs(case, pair).items():
         x = torch.randn(shape, generator=generator, device=device)
-        if name == "weight" and len(shape) == 2:  # the Linear's output then has the magnitude of its input
+        if name == "weight" and len(shape) == 2:  # keeps the Linear's output at the magnitude of its input
             x *= shape[1] ** -0.5
         if name == "drop_path_scale":  # p = 0.2
             x = torch.full(shape, 1.25, device=device)

@@ -201,7 +201,7 @@ def _flat(result: Any) -> dict[str, Tensor]:
 def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the relative RMS errors of the output, of the input's gradient and of the parameters' gradients.
 
-    The error of the parameters is the largest error of any parameter's gradient. The errors of very small gradients are
+    The entry "parameters" is the largest error of any parameter's gradient. The errors of very small gradients are
     relative to a thousandth of the largest gradient, because some gradients, such as that of a key bias, are zero in
     exact arithmetic and consist of rounding errors only.
     """
@@ -220,7 +220,10 @@ def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, 
 
 
 def repeated(found: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
-    """Return the results of a step for ``times`` copies of its images. The loss is a mean over all of them."""
+    """Return the results of a step on ``times`` copies of some images, given the results ``found`` on one copy.
+
+    The loss is a mean over all copies.
+    """
     of_images = {"out": 1.0, "input": 1.0 / times}
     return {k: _repeat(x, times) * of_images[k] if k in of_images else x for k, x in found.items()}
 
@@ -257,7 +260,8 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """Return one row per contestant and mode for a model, or for a block in ``shapes.BLOCKS``.
 
-    A batch consists of copies of one or two images, so the exact results of the timed step follow from a small step.
+    A batch consists of copies of one or two images, so the exact results of the timed step are computed from those of a
+    step on one or two images.
     """
     of, path = BLOCKS.get(name, (name, ""))
     case = dataclasses.replace(MODELS[of], batch=batch or MODELS[of].batch)
@@ -306,7 +310,7 @@ def _prepared(
     names: Iterable[str],
     mode: str,
 ) -> tuple[dict[str, tuple[str, float | None]], dict[str, Call], dict[str, float]]:
-    """Return, by contestant, the verdict and error, the step to time, and the seconds of its first call."""
+    """Return, by contestant, the verdict and error, the step to time, and the duration of its first call in seconds."""
     original = subject(few, "eager", path)
     assert original is not None
     exact, plain = (

@@ -1,8 +1,8 @@
-"""Alternatives to this package, from map to map: the published eager code and, for attention, other kernels.
+"""Alternatives to this package's ops: the published eager code and, for attention, other kernels.
 
-The other kernels are SDPA, FlexAttention and cuEquivariance's triangle attention. The benchmarks also compile the eager
-code and the first two with torch.compile. PUBLISHED contains published times of a kernel that the benchmarks cannot
-run.
+The other kernels are SDPA, FlexAttention and cuEquivariance's triangle attention. The eager code and SDPA are timed
+with and without torch.compile, FlexAttention only with it. PUBLISHED contains published times of a kernel that the
+benchmarks cannot run.
 
 This module was written from the published code, independently of the reference, so that the two share no mistake. Index
 and mask tensors are created once, because the models store them in buffers. The bias table and v2's exp(logit_scale)
@@ -71,15 +71,15 @@ KINDS = ("eager", "sdpa", "flex", "cuequivariance")
 
 
 def is_installed(kind: str) -> bool:
-    """Return True if a peer can be imported: cuEquivariance is a separate package, the others are part of torch."""
+    """Return whether a peer can be imported: cuEquivariance is a separate package, the others are part of torch."""
     return kind != "cuequivariance" or importlib.util.find_spec("cuequivariance_torch") is not None
 
 
 def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, kind: str) -> Peer:
     """Build the attention core for one case: eager, as in timm, Microsoft's code and MONAI, or with another kernel.
 
-    All kinds compute the gradient of the table. SDPA and cuEquivariance get the bias as a tensor, and FlexAttention's
-    score_mod reads it.
+    All kinds compute the gradient of the table. SDPA and cuEquivariance take the bias as a tensor argument;
+    FlexAttention's ``score_mod`` reads it.
     """
     size, window, rank = case.size, case.window_tuple, len(case.size)
     shift = case.shift_size if isinstance(case.shift_size, tuple) else (case.shift_size,) * rank
@@ -212,7 +212,7 @@ def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> 
 
 
 def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Reverse the partition, roll and crop, as a Swin block does after its attention."""
+    """Join windows into a map, roll it back and crop it, as a Swin block does after its attention."""
     x = reverse(windows, window, _frame(size, window))
     if any(shift):
         x = torch.roll(x, shifts=list(shift), dims=list(range(1, x.dim() - 1)))
@@ -222,7 +222,7 @@ def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], 
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply a LayerNorm in the dtype of ``weight`` and cast the result, as the next Linear does under autocast."""
+    """Apply LayerNorm in the dtype of ``weight``; cast the result to ``dtype``, as autocast does before a Linear."""
     return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Write and read the output of benchmarks: rows with one set of columns, the environment, and text tables."""
+"""Write and read the results of benchmarks: rows with the same columns, the environment, and text tables."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def environment(device: torch.device | str) -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], device: torch.device | str) -> None:
-    """Write rows that have the same keys to a CSV file, with the columns of :func:`environment` after each row."""
+    """Write rows that have the same keys to a CSV file; append the columns of :func:`environment` to each row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = environment(device)
     with path.open("w", newline="") as file:
@@ -107,7 +107,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], device: torch.devic
 
 
 def _short(value: Any) -> Any:
-    """Round a float to six digits, which exceeds the precision of any measurement."""
+    """Round a float to six significant digits, which exceeds the precision of any measurement."""
     return f"{value:.6g}" if isinstance(value, float) else value
 
 

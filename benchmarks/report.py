@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md, its charts, docs/gpu.md and the README's figures, only from the result files.
+"""Write docs/benchmarks.md, its charts, docs/gpu.md and the README's figures from the result files alone.
 
 Each folder of ``benchmarks/results`` contains one run, or several runs on one machine; the CSV files of a folder are
 read together.
@@ -170,7 +170,7 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def device(rows: Sequence[Row]) -> str:
-    """Return the device of the first row. Rows of the latency suite, which may use a single thread, are a fallback."""
+    """Return the device of the first row, preferring rows outside the latency suite, which may use one thread."""
     return next(iter(dict.fromkeys(row["device"] for row in rows if row["suite"] != "latency")), rows[0]["device"])
 
 

@@ -1,7 +1,7 @@
 """Execute the machine code of a CUDA kernel on the CPU, and count the instructions.
 
-The text that ``cuobjdump -sass`` prints is decoded once and executed warp by warp, lane by lane, with the registers,
-predicates, constant bank, shared and global memory of a GPU. So the counts are those of the path that the kernel takes
+The text that ``cuobjdump -sass`` prints is decoded once and executed warp by warp, with the registers and predicates of
+each lane, the constant bank, and shared and global memory. So the counts are those of the path that the kernel takes
 for the given arguments. Every issued warp instruction is counted, even if a predicate disables all its lanes; if lanes
 have diverged, it is counted once per group. The passes of shared-memory accesses over the 32 banks are counted as well.
 Time is not modelled.
@@ -33,7 +33,7 @@ Run = Callable[["Warp", "Array | None"], None]
 
 
 class UnknownInstruction(Exception):
-    """The executor does not support an instruction, or not with these modifiers and operands."""
+    """The executor does not support an instruction, or not with its modifiers and operands."""
 
 
 class Fault(Exception):
@@ -162,7 +162,7 @@ class Block:
 
 @dataclass
 class Launch:
-    """The arguments of a launch. The constant bank contains the grid and the kernel's parameters."""
+    """The configuration of a launch. ``constants`` is the constant bank: block and grid sizes, kernel parameters."""
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -190,7 +190,7 @@ class _Step:
             self.control = _CONTROL[instruction.base](program, instruction, index)
             return
 
-        # Decode on execution, because unreachable code may contain unsupported instructions.
+        # Decode on the first execution, because unreachable code may contain unsupported instructions.
         def decode(warp: Warp, mask: Array | None) -> None:
             self.run = _decode(instruction)
             self.run(warp, mask)
@@ -238,7 +238,7 @@ def _run_warp(program: Program, warp: Warp) -> None:
 
 
 def _merge(warp: Warp, key: tuple[str, int], wanted: Array, pc: int) -> None:
-    """Merge the groups that wait for `key` and continue at `pc`, if they contain all live lanes in `wanted`."""
+    """Merge the groups that wait for ``key`` if they contain all live lanes in ``wanted``; continue at ``pc``."""
     waiting = [g for g in warp.groups if g.waits == key]
     together = np.logical_or.reduce([g.lanes for g in waiting]) if waiting else np.zeros(LANES, bool)
     if waiting and not (wanted & warp.alive & ~together).any():
@@ -247,7 +247,7 @@ def _merge(warp: Warp, key: tuple[str, int], wanted: Array, pc: int) -> None:
 
 
 def _merge_all(program: Program, warp: Warp) -> None:
-    """Merge groups that no longer have to wait, because other lanes have ended or left their barrier."""
+    """Merge groups that no longer have to wait because other lanes have ended or left their barrier."""
     for group in list(warp.groups):
         if group.waits is not None and group in warp.groups:
             kind, pc = group.waits
@@ -399,7 +399,7 @@ _CONTROL: dict[str, Callable[[Program, Instruction, int], Callable[[Warp, Group,
 
 
 def _register(text: str) -> tuple[str, int] | None:
-    """Parse a register as ("r" or "ur", number); the zero registers have number 255."""
+    """Parse a register name as ("r" or "ur", number), or return None; the zero registers have number 255."""
     match = re.fullmatch(r"(U?)R(\d+|Z)", text)
     if match is None:
         return None
@@ -461,7 +461,7 @@ def _bits(body: str) -> Value:
 
 
 def value(text: str) -> Value:
-    """Parse a 32-bit integer operand."""
+    """Return a function that reads a 32-bit integer operand."""
     body, negated, absolute, inverted, suffix = _split(text)
     get = _bits(body)
     if absolute or suffix not in ("", "H0_H0"):
@@ -474,7 +474,7 @@ def value(text: str) -> Value:
 
 
 def value64(text: str) -> Value:
-    """Parse a 64-bit integer operand, such as a pair of registers."""
+    """Return a function that reads a 64-bit integer operand, such as a pair of registers."""
     body, negated, _, inverted, _ = _split(text)
     register = _register(body)
     constant = _constant(body)
@@ -502,7 +502,7 @@ def value64(text: str) -> Value:
 
 
 def real(text: str) -> Value:
-    """Parse a float32 operand."""
+    """Return a function that reads a float32 operand."""
     body, negated, absolute, _, suffix = _split(text)
     if re.fullmatch(r"[-+]?(\d.*|INF|QNAN)", body) and not body.startswith(("0x", "-0x")):
         number = np.array([float(body.replace("QNAN", "nan"))]).astype(F32)
@@ -534,7 +534,7 @@ def _put(w: Warp, bank: str, number: int, new: Array, mask: Array | None) -> Non
 
 
 def target(text: str, count: int = 1) -> Callable[[Warp, Array, Array | None], None]:
-    """Return a function that writes a register, or `count` registers from an array with one row per register."""
+    """Return a function that writes a register, or ``count`` registers from an array with one row per register."""
     register = _register(text.replace(".reuse", ""))
     if register is None:
         raise UnknownInstruction(f"destination {text}")
@@ -580,7 +580,7 @@ def _is_predicate(text: str) -> bool:
 
 
 def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]:
-    """Return the consecutive predicates that begin at operand `start`, and all operands after them."""
+    """Return the consecutive predicates that begin at operand ``start``, and all operands after them."""
     end = start
     while end < len(operands) and _is_predicate(operands[end]):
         end += 1
@@ -591,7 +591,7 @@ def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]
 
 
 def _term(text: str) -> Value:
-    """Parse a 32-bit addend and widen it to 64 bits, where a sum has its carry in bit 32.
+    """Return a function that reads a 32-bit addend, widened to 64 bits so that bit 32 of a sum is the carry.
 
     A negated addend is 2**32 minus its value, which produces the correct carry.
     """
@@ -882,7 +882,7 @@ def popc(i: Instruction) -> Run:
 
 
 def flo(i: Instruction) -> Run:
-    """Find the index of the highest set bit, or count the zeros above the bit (.SH)."""
+    """Find the index of the highest set bit, or count the zeros above it (.SH)."""
     write, a, leading = target(i.operands[0]), value(i.operands[-1]), "SH" in i.modifiers
     if "U32" not in i.modifiers:
         raise UnknownInstruction(i.text)
@@ -1156,7 +1156,7 @@ def f2f(i: Instruction) -> Run:
 
 
 def hfma2(i: Instruction) -> Run:
-    """Load two 16-bit constants. The only supported form, which compilers use for this, adds them to -RZ * RZ."""
+    """Load two 16-bit constants by adding them to -RZ * RZ, as compilers do; other forms are not supported."""
     if [x.replace(".reuse", "") for x in i.operands[1:3]] != ["-RZ", "RZ"] or len(i.operands) != 5:
         raise UnknownInstruction(i.text)
     write = target(i.operands[0])
@@ -1297,7 +1297,7 @@ def _scaled(get: Value, scale: np.uint64) -> Value:
 
 
 def _address(text: str, wide: bool) -> Value:
-    """Parse [R2+UR4+0x10] or desc[UR60][R52.64+0x20] as one address per lane, of 64 bits if ``wide``."""
+    """Return a function that evaluates [R2+UR4+0x10] or desc[UR60][R52.64+0x20] per lane, in 64 bits if ``wide``."""
     inside = text[text.rindex("[") + 1 : -1]
     terms: list[Value] = []
     offset = 0
@@ -1323,7 +1323,7 @@ def _address(text: str, wide: bool) -> Value:
 
 
 def _size(i: Instruction) -> tuple[int, bool]:
-    """Return the number of bytes of an access, and True if they are sign-extended."""
+    """Return the number of bytes of an access, and whether they are sign-extended."""
     for name, size in (("128", 16), ("64", 8), ("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)):
         if name in i.modifiers:
             return size, name[0] == "S"
@@ -1364,7 +1364,7 @@ def _by_region(w: Warp, addresses: Array, is_shared: bool) -> list[slice | Array
 
 def _bank_passes(offsets: Array, size: int) -> int:
     """Count the passes of a shared-memory access; in each pass, every bank delivers one 4-byte word."""
-    # Counts are cached. They do not change if all addresses move by the same number of words.
+    # Counts are cached. They do not change if all addresses are shifted by the same number of words.
     start = int(offsets.min()) // 4 * 4
     key = ((offsets - start).tobytes(), size)
     found = _passes_of.get(key)
@@ -1614,7 +1614,7 @@ _INSTRUCTIONS: dict[str, Callable[[Instruction], Run]] = {
 
 
 def _decode(i: Instruction) -> Run:
-    # Instructions of the uniform datapath ("U...") are the vector instructions on registers with a single column.
+    # Instructions of the uniform datapath ("U...") run as vector instructions on registers with a single column.
     make = _INSTRUCTIONS.get(i.base) or (_INSTRUCTIONS.get(i.base[1:]) if i.base.startswith("U") else None)
     if make is None:
         raise UnknownInstruction(f"{i.text} at {i.pc:#x}: {__name__} has no function for {i.base}")

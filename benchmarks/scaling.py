@@ -71,7 +71,7 @@ def layers(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list
 
 
 def layer(kind: str, side: int) -> Callable[..., Tensor]:
-    """Return attention with projections on side x side tokens: (x, qkv_weight, proj_weight, bias_table) -> out."""
+    """Return an attention layer for side x side tokens: a function (x, qkv_weight, proj_weight, bias_table) -> out."""
     heads, channels, window = shapes.COMPLEXITY_HEADS, shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_WINDOW
 
     def windowed(x: Tensor, qkv_weight: Tensor, proj_weight: Tensor, bias_table: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def layer(kind: str, side: int) -> Callable[..., Tensor]:
 def complexity(
     side: int, dtype: torch.dtype, device: torch.device, names: Iterable[str] = LAYERS
 ) -> list[dict[str, Any]]:
-    """Compare window and global attention on one map: check both in float64, then time them in turn."""
+    """Compare window and global attention on one map: check both against float64, then time them in turn."""
     channels, heads, window = shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_HEADS, shapes.COMPLEXITY_WINDOW
     generator = torch.Generator().manual_seed(0)
 

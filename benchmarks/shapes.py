@@ -19,7 +19,7 @@ def _stages(batch: int, heads: int, window: int, first: int, **options: bool) ->
     ]
 
 
-# Cases of window attention by name. goals.py has goals for some of them.
+# Cases of window attention by name. goals.py sets goals for some of them.
 ATTENTION: dict[str, Case] = {
     **{f"swin_t.{i}": case for i, case in enumerate(_stages(128, 3, 7, 56), 1)},
     "window8.1": Case(64, (64, 64), 3, 32, 8, 4),
@@ -38,7 +38,7 @@ ATTENTION: dict[str, Case] = {
     # SwinIR: 180 channels in 6 heads.
     "swin_ir": Case(8, (64, 64), 6, 30, 8, 4),
     "restoration": Case(8, (64, 64), 6, 32, 16, 8),
-    # Video: 32 frames of 224 x 224 pixels in patches of 2 x 4 x 4; windows of 8 frames, shifted by half a window.
+    # Video: 32 frames of 224 x 224 pixels in patches of 2 x 4 x 4; windows of 16 frames, shifted by half a window.
     "video_swin_t.1": Case(4, (16, 56, 56), 3, 32, (8, 7, 7), (4, 3, 3)),
     # Weather: axes of pressure level, latitude and longitude; the longitude axis is periodic.
     "weather.1": Case(1, (8, 186, 360), 6, 32, (2, 6, 12), (1, 3, 6), options={"periodic": (False, False, True)}),
@@ -111,7 +111,7 @@ class ModelCase:
         return f"{self.library}-b{self.batch}-{'x'.join(map(str, self.image))}"
 
 
-# Models by name. goals.py has goals for some of them.
+# Models by name. goals.py sets goals for some of them.
 MODELS: dict[str, ModelCase] = {
     "swin_t": ModelCase("timm", "swin_tiny_patch4_window7_224", (3, 224, 224), 128),
     "swin_s": ModelCase("timm", "swin_small_patch4_window7_224", (3, 224, 224), 128),
@@ -130,11 +130,11 @@ MODELS: dict[str, ModelCase] = {
     "swin_unetr128": ModelCase("monai", "SwinUNETR", (1, 128, 128, 128), 1),
 }
 MODEL_GOAL = "swin_t"
-# On a CPU, these models run only if requested by name: their float64 reference of a training step needs over 20 GB or,
+# On a CPU, these models run only if requested by name: the float64 reference of a training step needs over 20 GB or,
 # with 3D convolutions, a quarter of an hour.
 LARGE_MODELS = ("swin_l", "swin_l384", "swin_unetr64", "swin_unetr96", "swin_unetr128")
 QUICK_MODELS = ("swin_t", "swinv2_t_w8", "swin_t.torchvision", "swin_t.transformers")
-# Parts of models: a model, and the path of a module that accelerate replaces.
+# Blocks by name: (model, path of a module that `accelerate` replaces).
 BLOCKS: dict[str, tuple[str, str]] = {
     "swin_t.block1": ("swin_t", "layers.0.blocks.1"),
     "swin_t.block2": ("swin_t", "layers.1.blocks.1"),
@@ -153,6 +153,6 @@ QUICK_BLOCKS = ("swin_t.block1", "swin_t.block3", "swinv2_t_w8.block1")
 BATCH_SWEEP: dict[str, Case] = {f"batch {b}": Case(b, (56, 56), 3, 32, 7, 3) for b in (1, 2, 4, 8, 16, 32, 64, 128)}
 MAP_SWEEP: dict[str, Case] = {f"map {s}x{s}": Case(4, (s, s), 3, 32, 7, 3) for s in (14, 28, 56, 112, 224)}
 WINDOW_SWEEP: dict[str, Case] = {f"window {w}": Case(4, (48, 48), 3, 32, w, w // 2) for w in (4, 6, 8, 12, 16, 24)}
-# Square maps and layers for comparing window attention with global attention, including projections.
+# Square maps and attention layers with projections, for comparing window attention with global attention.
 COMPLEXITY_SIDES = (14, 28, 56, 84, 112)
 COMPLEXITY_CHANNELS, COMPLEXITY_HEADS, COMPLEXITY_WINDOW = 96, 3, 7

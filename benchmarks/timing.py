@@ -60,7 +60,7 @@ def until_steady(measure: Callable[[], dict[str, Timing]]) -> dict[str, Timing]:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The device's measured rates: bytes read and written by a large copy, and flops of a large matrix product."""
+    """The device's measured rates: of a large copy, counting bytes read and written, and of a large matrix product."""
 
     bytes_per_us: float
     flops_per_us: float
@@ -96,7 +96,7 @@ def input_sets(bytes_per_call: int, device: torch.device) -> int:
 
 
 class GraphTimer:
-    """Times calls in CUDA graphs on one stream; the calls must be created on the same stream."""
+    """Times calls in CUDA graphs on one stream; tensors that the calls cache must be created on the same stream."""
 
     def __init__(self, device: torch.device, *, replays: int = 25, replay_ms: float = 2.0) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -190,7 +190,7 @@ CPU_CLOCK = [time.perf_counter]
 
 
 def time_on_cpu(calls: Mapping[str, Call], *, seconds: float = 1.5, rounds: int = 11) -> dict[str, Timing]:
-    """Return the times of all calls; the calls take turns, so that a slow moment of the machine affects all."""
+    """Return the times of all calls; the calls take turns, so that a slow moment of the machine affects all of them."""
     (clock,) = CPU_CLOCK
     once = {}
     for name, call in calls.items():

@@ -28,7 +28,7 @@ def _mathml(match: re.Match[str]) -> str:
 
 def _inline_mathml(match: re.Match[str]) -> str:
     formula = convert(" ".join(match["formula"].split()), display="inline")
-    return f" {formula}" if match["space"] else formula  # not at the start of a line, where it would be a block
+    return f" {formula}" if match["space"] else formula  # at the start of a line, it would be an HTML block
 
 
 def _shape(match: re.Match[str]) -> str:

@@ -2,9 +2,9 @@
 
     python examples/segment_coins.py
 
-A timm Swin returns feature maps at two scales (``features_only=True``), and the head turns them into a mask. Swin and
-head are trained on random crops of the left half of the photo and tested on the right half. The labels are computed by
-thresholding the photo.
+A timm Swin returns feature maps at two scales (``features_only=True``), and the head turns them into a mask. The Swin
+and the head are trained on random crops of the left half of the photo and tested on the right half. The labels are
+computed by thresholding the photo.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# An average of the weights of an unchanged Swin gives NaN for every image.
+# After averaging the weights of an unchanged Swin, the averaged model returns NaN for every image.
 #
 # Packages   swin-transformer-pytorch 0.4.1, torch 2.13.0
 # Expected   torch.optim.swa_utils.AveragedModel, updated twice with an unchanged model, equals that model.
-# Seen       From the second update on, every output is NaN, for the plain and for the exponential average. The package
-#            keeps its shift masks as nn.Parameter (requires_grad=False) with -inf in them; an average computes the
-#            difference of two equal values, and -inf - -inf is NaN.
+# Seen       From the second update on, every output of the averaged model is NaN, for the plain and the exponential
+#            average. The package keeps its shift masks as nn.Parameter (requires_grad=False) with -inf in them; the
+#            averaging computes the difference of two equal values, and -inf - -inf is NaN.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -4,8 +4,8 @@
 # Packages   transformers 5.24.0, torch 2.13.0
 # Expected   The attention weights of a window are softmax(scores + bias + mask), as in the published model: a mask of
 #            -5 makes a masked key e^5 times less likely than it is without a mask.
-# Seen       It becomes e^10 times less likely: the mask is added twice. With the mask of -100 that the layers build,
-#            -200 applies. This shows once a learned scale reaches its limit of 100, when scores span 200.
+# Seen       It becomes e^10 times less likely: the mask is added twice. The mask of -100 that the layers build acts
+#            as -200. This matters if a learned scale reaches its limit of 100, at which scores span 200.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -2,7 +2,7 @@
 # LoRA on torchvision's Swin has no effect and gets no gradients, yet merging it changes the model.
 #
 # Packages   peft 0.21.2, torchvision 0.29.1, torch 2.14.1
-# Expected   An adapter on qkv and proj changes the output, receives gradients, and merging it leaves the output alone.
+# Expected   An adapter on qkv and proj changes the output and gets gradients; merging it does not change the output.
 # Seen       The outputs with and without the adapter are bit-identical, no LoRA weight has a gradient, and
 #            merge_and_unload() changes the output. torchvision's attention passes the weights of the two layers to a
 #            function and never calls the layers; peft gives it the weights without the adapter, and does not warn.

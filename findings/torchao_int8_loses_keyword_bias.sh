@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An int8 weight ignores a bias that is passed by name.
+# torch's linear ignores a bias that is passed by name if the weight is quantised to int8.
 #
 # Packages   torchao 0.18.0, torch 2.13.0
 # Expected   linear(x, weight, bias) and linear(x, weight, bias=bias) are the same call, quantised or not. SwinV2 uses

@@ -1,4 +1,4 @@
-"""Defines the commands of ``python -m gpu``: check, bundle, variants, and work, which check runs in each process."""
+"""Defines the commands of ``python -m gpu``: check, bundle, variants, and work (one process of a check)."""
 
 from __future__ import annotations
 

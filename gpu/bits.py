@@ -52,7 +52,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable[[], object]]:
     """Capture ``call`` in a CUDA graph; return its results and a function that replays the graph.
 
-    On a CPU, make the call directly; the function that is returned repeats it and overwrites the results.
+    On a CPU, make the call directly; the returned function repeats it and overwrites the results.
     """
     if device != "cuda":
         results = call()

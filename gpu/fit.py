@@ -1,7 +1,7 @@
-"""Counts the blocks of the hot CUDA kernels that fit on a multiprocessor of each GPU, from emulated launches.
+"""Counts the blocks of the hot CUDA kernels that fit on a multiprocessor of each architecture, from emulated launches.
 
 The emulator limits a block's shared memory to the architecture's limit, so the launch functions choose the same kernels
-as on that GPU. Register counts are read from the build. The backend must reject a call whose kernel does not fit, so
+as on such a GPU. Register counts are read from the build. The backend must reject a call whose kernel does not fit, so
 that Triton runs it.
 """
 
@@ -65,7 +65,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 @functools.cache
 def _registers() -> dict[tuple[str, str], int]:
-    """Return the registers per thread of each (architecture, kernel), or {} without CUDA kernels or cuobjdump."""
+    """Return the registers per thread of each (architecture, kernel), or {} if CUDA kernels or cuobjdump are absent."""
     built = _extension._library(Path(_extension.__file__).parent)
     if built is None or missing("cuobjdump") or b".nv_fatbin" not in built.read_bytes():
         return {}

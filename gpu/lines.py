@@ -1,8 +1,8 @@
-"""Defines the lines of a run: their results, their JSON form, and the emitter with which a process writes them.
+"""Defines the lines of a run: their results, their JSON form, and the emitter with which a process sends them.
 
 A line is one result. Its fields are step, case, op, backend, dtype, direction, value, unit, ``result`` and, if the
-result is not "ok", ``detail``. The run adds device, driver, torch, triton, commit and date. Lines with times also have
-``us``, ``copy_us`` and ``goal``.
+result is not "ok", ``detail``. The runner adds device, driver, torch, triton, commit and date. Lines with times also
+have ``us``, ``copy_us`` and ``goal``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def dump(line: Line) -> bytes:
 
 
 class Emitter:
-    """Sends the lines of a process to the run over a file descriptor, or prints them if there is none."""
+    """Sends the lines of a process to the runner over ``descriptor``, or prints them if it is None."""
 
     def __init__(self, descriptor: int | None = None):
         self._descriptor = descriptor
 
     def tell(self, **message: Any) -> None:
-        """Send a message to the run. From then on, the run uses the ``environment`` or ``library`` in it, if given."""
+        """Send a message to the runner, which uses an ``environment`` or ``library`` in it from then on."""
         os.write(1 if self._descriptor is None else self._descriptor, dump(message))
 
     def begin(self, case: str) -> None:
-        """Report the start of a case. If the process dies or hangs, the run reports the failure for this case."""
+        """Report the start of a case. If the process dies or hangs, the runner reports the failure for this case."""
         self.tell(begin=case)
 
     def line(self, **fields: Any) -> None:

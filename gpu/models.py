@@ -18,7 +18,7 @@ KEPT = ("suite", "op", "shape", "backend", "dtype", "direction", "case", "error_
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Callable[[], None]]]:
-    """Yield the case of ``group``: a suite, a model of shapes.MODELS, a mode and one of models.CONTESTANTS."""
+    """Yield one case. ``group`` names its suite, its model in shapes.MODELS, its mode and one of models.CONTESTANTS."""
     yield group, functools.partial(_time, *group.split(), emit, setting)
 
 

@@ -52,7 +52,7 @@ class Step:
 
 
 class _Process:
-    """The process of a group. A thread queues (self, message) per message, and (self, None) when the pipe closes."""
+    """The process of a group. A thread queues messages as (self, message), then (self, None) when the pipe closes."""
 
     def __init__(self, command: Sequence[str], group: Group, skip: int, library: str, messages: queue.Queue):
         out, write = os.pipe()

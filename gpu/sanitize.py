@@ -1,4 +1,4 @@
-"""Runs every op under compute-sanitizer, forward and backward, on tiny tensors for every regime of its CUDA kernels.
+"""Runs every op under compute-sanitizer, forward and backward, on tiny tensors that cover its CUDA kernels.
 
 The sanitizer's tools detect accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A
 rehearsal makes the calls without compute-sanitizer, because the emulator reports the same faults itself.
@@ -29,7 +29,7 @@ from swinkernels.testing import run_case
 FOUND_SOMETHING = 86  # compute-sanitizer's exit status after a finding; Python never exits with it
 DOZEN = 12
 ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
-# The choice of tiles and loops depends on the tokens of a window (short, middle, long), head_dim and the options.
+# The choice of tiles and loops depends on the window's number of tokens (short to long), head_dim and the options.
 ATTENTION = [
     Case(1, (4, 6), 2, 8, 2, 1),
     Case(2, (10, 8), 3, 32, 7, 3, has_pad_qkv=True),

@@ -1,4 +1,4 @@
-"""Compares every kernel in every arithmetic, forward and backward, with the reference in float64 on the same device."""
+"""Compares each kernel, in each dtype and TF32, forward and backward, with the float64 reference on the same device."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def _steps(lines: Sequence[Line], spent: Mapping[str, float]) -> Iterable[str]:
 
 
 def _bad(lines: Sequence[Line]) -> Iterable[str]:
-    """Yield the first failing case of each kernel and arithmetic, with the number of further failures."""
+    """Yield the first failure of each combination of step, op, backend and dtype, with the number of further ones."""
     groups: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
         if line["result"] in BAD:

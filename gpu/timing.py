@@ -23,7 +23,7 @@ Cases = Iterable[tuple[str, Callable[[], None]]]
 
 
 class _Timer:
-    """Makes cases that wait for their turn, time an op with ``benchmarks`` and emit a line per row of its result."""
+    """Builds cases that wait for their turn, time an op with ``benchmarks`` and emit a line per row of the result."""
 
     def __init__(self, emit: Emitter, setting: Setting, build: str, directions: Sequence[str] = DIRECTIONS):
         self.emit, self.build, self.directions = emit, build, directions
@@ -59,7 +59,7 @@ class _Timer:
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield every case that has a goal. The processes that time two builds for comparison take turns."""
+    """Yield the cases to time, most of which have goals. If two builds are compared, their processes take turns."""
     timer = _Timer(emit, setting, group)
     if setting.rehearse:
         yield timer.attention(ATTENTION[0], ("cpu",), "float32")
@@ -72,7 +72,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
 
 
 def variants(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield the cases of one variant, or of the shipped build. The library of a CUDA variant is already loaded."""
+    """Yield the cases of ``group``, a variant or the shipped build. The library of a CUDA variant is already loaded."""
     timer, names = _Timer(emit, setting, group), BACKENDS if group == "shipped" else ("cuda",)
     if group.startswith("triton "):
         from gpu.variants import TRITON, apply

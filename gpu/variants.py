@@ -1,9 +1,10 @@
 """Defines and builds variants of the kernels, to be timed against the shipped build: ``make gpu-variants``.
 
-They vary defaults that can only be chosen by measurement. In the CUDA kernels for attention and the memory-bound ops,
-these are copies in flight and warps per multiprocessor (SWINKERNELS_* macros); in the Triton kernels, they are tiles,
-warps and stages (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library with bfloat16
-attention only; building it needs no GPU. The step "variants" times all variants that it finds, in turn.
+Variants change defaults that can only be chosen by measurement. In the CUDA kernels for attention and the memory-bound
+ops, these are SWINKERNELS_* macros, such as the number of copies in flight or of warps per multiprocessor; in the
+Triton kernels, they are programs, warps and stages (swinkernels/triton/window_attention/tuning.py). A CUDA variant is
+an op library with bfloat16 attention only; building it needs no GPU. The step "variants" times all variants that it
+finds, in turn.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CUDA: dict[str, dict[str, int]] = {
         "COPY_THREADS": 128, "NORM_FORWARD_PREFETCH": 0, "NORM_BACKWARD_PREFETCH": 0,
     },
 }  # fmt: skip
-# Maps the name of each variant to attributes of the module ``tuning``, or to fields of the Tiles of a kernel.
+# Maps the name of each variant to attributes of the module ``tuning``, or to fields of a kernel's Tiles.
 TRITON: dict[str, dict[str, Any]] = {
     "one stage forward": {"fwd_whole": {"num_stages": 1}},
     "three stages forward, two backward": {"fwd_whole": {"num_stages": 3}, "bwd_whole": {"num_stages": 2}},

@@ -1,4 +1,4 @@
-"""Runs the cases of a group in one process of a step, and emits their lines: ``python -m gpu work STEP GROUP``."""
+"""Runs the cases of one group of a step and emits their result lines: ``python -m gpu work STEP GROUP``."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ FACTS = """\
 
 
 def relative(source: str, module: str, is_package: bool) -> str:
-    """Return the source of a module with its imports from swinkernels rewritten as relative imports."""
+    """Return ``source``, the code of ``module``, with its imports from swinkernels rewritten as relative imports."""
     parents = module.split(".") if is_package else module.split(".")[:-1]
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
@@ -80,7 +80,7 @@ def relative(source: str, module: str, is_package: bool) -> str:
 
 
 def write_package(folder: Path) -> None:
-    """Write the Python package to a folder."""
+    """Write the Python package to ``folder``."""
     for part in SHIPPED:
         for path in sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]:
             below = path.relative_to(PACKAGE)
@@ -159,7 +159,7 @@ src = {listed([*cpu, *sources("kernels/cuda/**/*.cu"), *headers])}
 
 
 def write(folder: Path) -> None:
-    """Write the project to a folder, which must be new or empty."""
+    """Write the project to ``folder``, which must be new or empty."""
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: name another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class WindowAttentionCase:
     has_table: bool = True
     has_pad_qkv: bool = False
     has_logit_scale: bool = False  # v2, with one head's value above the clamp
-    bias_types: int | None = None  # a dense bias instead of the table: 0 for (heads, N, M), else the number of types
+    bias_types: int | None = None  # window types of the dense bias, 0 for a bias (heads, N, M); None for no bias
     options: dict[str, Any] = field(default_factory=dict)
     has_axis_tables: bool = False
     table_types: int | None = None  # number of window types in the bias table
@@ -123,7 +123,7 @@ def named_inputs(inputs: dict[str, Tensor]) -> dict[str, Any]:
 def run_case(
     op: Callable[..., Tensor], inputs: dict[str, Tensor], arguments: dict[str, Any], constant: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Return the output of ``op`` ("out") and the gradient of every input not named in ``constant`` ("dqkv", ...)."""
+    """Return by name the output of ``op`` ("out") and the gradient ("dqkv", ...) of each input not in ``constant``."""
     dout = inputs["dout"]
     leaves = {name: x.detach().clone() for name, x in inputs.items() if name != "dout"}
     wanted = {name: x.requires_grad_() for name, x in leaves.items() if name not in constant}
@@ -171,8 +171,8 @@ def judge(
         return Judged(0.0, 0.0, None)
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
-    # Two errors are always allowed: those of probabilities in float32's subnormal range, which a gradient may multiply
-    # by thousands, and errors below the smallest subnormal number of the dtype of got.
+    # Two kinds of error are always allowed: those of probabilities in float32's subnormal range, which a gradient may
+    # multiply by thousands, and errors below the smallest subnormal number of the dtype of got.
     info = torch.finfo(got.dtype)
     floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
     error = got.double() - exact
@@ -200,7 +200,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     """Compute, in float64, the size that each gradient would have if its cancelling terms had the same sign.
 
     The keys are those of :func:`run_case` without "out". A value has the scale of the result, but not always its shape.
-    If ``single`` is True, for arithmetic in float32, the sizes include the rounding of the scores, and "out" is added.
+    If ``single`` is True (float32 arithmetic), the sizes include the rounding of the scores, and "out" is added.
     """
     rank, heads = len(case.size), case.num_heads
     device = inputs["qkv"].device
@@ -229,7 +229,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         return tokens[:, index].transpose(2, 3)  # (B, num_windows, heads, N, head_dim)
 
     def scatter(x: Tensor, index: Tensor) -> Tensor:
-        """Sum ``x`` over the windows' tokens by map token, the pad token last: (B, tokens + 1, heads, head_dim)."""
+        """Sum ``x`` per map token and, in the last row, over all pad tokens: (B, tokens + 1, heads, head_dim)."""
         tokens = x.new_zeros(case.batch, math.prod(case.size) + 1, heads, case.head_dim)
         return tokens.index_add_(1, index.flatten(), x.transpose(2, 3).flatten(1, 2))
 
@@ -253,14 +253,14 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         factor = inputs["logit_scale"].clamp(max=math.log(100.0)).exp()
     else:
         factor = abs(arguments.get("scale", case.head_dim**-0.5))
-    rounded = torch.zeros_like(probs)  # for each score, the size to which its rounding errors are relative
+    rounded = torch.zeros_like(probs)  # for each score, the magnitude that its rounding error is proportional to
     if single:
         rounded = factor * (q.square() @ k.square().transpose(-2, -1)).sqrt()
-        if case.has_logit_scale:  # all terms of a cosine share the errors of two norms
+        if case.has_logit_scale:  # the errors of both norms affect all terms of a cosine
             rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
         for rows, _, has in axes:
             rounded = rounded + torch.einsum("...id,ijd->...ij", q.square(), rows.square()).sqrt() @ has.T
-        # A score far below the largest, such as one with a mask of -100, has an error of half an eps of the difference.
+        # A score far below the largest, e.g. with a mask of -100, has an error of half an eps times the difference.
         rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
         rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # plus the sum in the softmax's denominator
     dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
@@ -281,7 +281,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     dv = probs.transpose(-2, -1) @ dout
     if single:
         out = probs @ v
-        variance = (probs @ v.square() - out.square()).clamp(min=0)  # variance of the rows of v that a query averages
+        variance = (probs @ v.square() - out.square()).clamp(min=0)  # variance of the rows of v, weighted by probs
         of_scores = ((probs * rounded.square()).sum(-1, keepdim=True) * variance).sqrt()
         terms["out"] = (out.abs() + of_scores)[real.expand_as(out)]
         dv = dv.abs() + (probs * rounded).transpose(-2, -1) @ dout.abs()
@@ -426,7 +426,10 @@ def op_arguments(
 
 
 def opcheck_forward_and_backward(form: str, suffix: str, args: tuple[Any, ...]) -> None:
-    """Run ``torch.library.opcheck`` on the ops of a form (suffix "" or "_triton") with ``args`` from op_arguments."""
+    """Run ``torch.library.opcheck`` on the forward and backward ops of ``form``; ``args`` are from op_arguments.
+
+    ``suffix`` is "" or, for Triton's ops, "_triton".
+    """
     fwd = getattr(ops, f"{form}_fwd{suffix}").default
     bwd = getattr(ops, f"{form}_bwd{suffix}").default
     torch.library.opcheck(fwd, args)

@@ -75,7 +75,7 @@ def tests_of(source: str, tests: Iterable[str]) -> list[str]:
     if root is None:
         return []
     of_folder = [test for test in tests if test.startswith(f"tests/{FOLDERS[root]}")]
-    # adapters/libraries/timm/swin.py: timm_swin, else swin, else timm
+    # For adapters/libraries/timm/swin.py: tests with timm_swin in their names, else swin, else timm.
     words = [part.strip("_") for part in source[len(root) :].rpartition(".")[0].split("/") if part.strip("_")]
     for name in ("_".join(words[-2:]), *words[::-1]):
         if named := [test for test in of_folder if name in Path(test).stem]:

@@ -1,4 +1,4 @@
-"""Setup for every test: fresh memory is NaN, GPU tests are skipped if there is no GPU, and caches start empty.
+"""Setup of every test: fresh memory is NaN, GPU tests are skipped if there is no GPU, and caches start empty.
 
 In CI, Hypothesis draws the same examples every time. Opt-in fixtures replace kernels by plain PyTorch.
 """
@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 import torch
 
-# On few cores a pool of compiler processes costs more than it saves, because each imports torch.
+# On few cores, a pool of compiler processes costs more time than it saves, because each imports torch.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 hypothesis.settings.register_profile("local", deadline=None)
@@ -81,7 +81,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
-    """Make unwritten output elements NaN, which no comparison accepts."""
+    """Fill uninitialised tensors with NaN, so that comparisons fail for output elements that no kernel writes."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     with warnings.catch_warnings():
@@ -118,7 +118,7 @@ def allow_tf32() -> Iterator[Callable[[bool], None]]:
 
 @pytest.fixture
 def plain_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Replace the kernels of "cuda" (memory-bound ops) and "triton" (also attention) by plain PyTorch on the CPU."""
+    """Run the ops of backends "cuda" (memory-bound ops) and "triton" (also attention) in plain PyTorch on the CPU."""
     from swinkernels.ops import _backends
     from tests.support.plain_kernels import attached
 

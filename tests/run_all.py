@@ -74,7 +74,7 @@ def recorded() -> dict[str, dict[str, Any]]:
 
 
 def left(commit: str) -> list[str]:
-    """Return the parts that have not passed at ``commit``, or all parts if it is not the hash of a clean commit."""
+    """Return the parts that have not passed at ``commit``, or all parts if ``commit`` is not a clean commit's hash."""
     results = recorded() if re.fullmatch("[0-9a-f]{12}", commit) else {}
     return [p for p in PARTS if p not in results or results[p]["commit"] != commit or results[p]["failed"]]
 

@@ -1,4 +1,5 @@
-// Shared by the bindings of all ops: tensors in a form that the kernels can read, and the stream to launch on.
+// Functions that the bindings of all ops share, mainly to bring tensors into a form that the kernels can read. Includes
+// current_stream.h in builds with CUDA.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
@@ -52,12 +53,12 @@ inline Tensor readable(const Tensor& x, int64_t alignment) {
   return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // x was contiguous, but not aligned
 }
 
-// Returns x (B, *S, ...) itself if the tokens of an image are evenly spaced in memory, in image order, else a copy. S
-// has `rank` axes.
+// Returns x (B, *S, ...) itself if the tokens of an image are evenly spaced in memory, in row-major order, else a copy.
+// S has `rank` axes.
 inline Tensor with_regular_tokens(const Tensor& x, int64_t rank) {
   int64_t expected = -1;
   for (int64_t axis = rank; axis > 0; --axis) {
-    if (x.size(axis) == 1) continue;  // the stride of an axis of one token is never used
+    if (x.size(axis) == 1) continue;  // the stride of an axis with one token is never used
     if (expected >= 0 && x.stride(axis) != expected) return torch::stable::contiguous(x);
     expected = x.stride(axis) * x.size(axis);
   }

@@ -16,7 +16,7 @@ FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   return map;
 }
 
-// Returns the frame of a map of size S. As in the schemas, all lists except `size` have three values.
+// Returns the frame of a map with the spatial sizes `size`. As in the schemas, all other lists have three values.
 template <class Axes>
 FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Axes& shift_size, const Axes& pad_before,
                              bool roll_then_pad) {

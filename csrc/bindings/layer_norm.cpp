@@ -26,7 +26,7 @@ Tensor map(const Tensor& x) { return packed(x, kAlignment); }
 const void* data(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 float* floats(const Tensor& x) { return x.numel() == 0 ? nullptr : static_cast<float*>(x.mutable_data_ptr()); }
 
-// Allocates a float32 tensor with one element per row of a tensor of shape `shape`, whose last axis is normalised.
+// Allocates a float32 tensor with one element per row of a tensor with the given shape, whose last axis is normalised.
 Tensor statistic(const Tensor& x, std::vector<int64_t> shape) {
   shape.pop_back();
   return torch::stable::new_empty(x, shape, ScalarType::Float);
@@ -173,8 +173,8 @@ Norm norm_forward(Tensor x, OptionalTensor weight, OptionalTensor bias, const No
   return {z, mean, rstd};
 }
 
-// Allocates the results that all backward ops share, and launches the kernel. The caller has set the other fields of p
-// and keeps their tensors alive.
+// Allocates and returns dweight and dbias, which all backward ops have, and launches the kernel. The caller has set the
+// other fields of p and keeps their tensors alive.
 std::tuple<Tensor, Tensor> launch_backward(LayerNormBackwardParams& p, const Tensor& x, OptionalTensor weight,
                                            Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias,
                                            const CurrentStream& current) {

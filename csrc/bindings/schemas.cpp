@@ -10,7 +10,7 @@
 namespace swinkernels {
 namespace {
 
-// Triton and CUDA C++ kernels use the same dispatch key, so an op with kernels in both is defined twice.
+// Triton and CUDA C++ kernels use the same dispatch key, so an op that both implement is defined twice.
 const char* const kSuffixes[] = {"", "_triton"};
 
 template <class Library>

@@ -24,7 +24,7 @@
 namespace swinkernels {
 namespace {
 
-// The backend-specific half of an op.
+// The backend-specific part of each op.
 #ifndef SWINKERNELS_WITHOUT_CPU
 struct CpuBackend {
   // Returns the required alignment of data pointers and strides in bytes, given the bytes of one head of a token.
@@ -59,7 +59,7 @@ struct CudaBackend : CurrentStream {
 };
 #endif
 
-// Returns x (B, *S, ...) as a map whose heads are head_stride apart; its data begin at element `offset`.
+// Returns x (B, *S, ...) as a map that starts at element `offset` and whose heads are head_stride elements apart.
 template <class Pointer, class Data>
 TokenMapOf<Pointer> token_map(const Tensor& x, Data* data, int64_t offset, int64_t rank, int64_t head_stride) {
   const Pointer first = data + offset * static_cast<int64_t>(x.element_size());

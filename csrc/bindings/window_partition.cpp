@@ -16,7 +16,7 @@
 namespace swinkernels {
 namespace {
 
-constexpr int64_t kAlignment = 1;  // the kernels choose the vector width by the rows' alignment
+constexpr int64_t kAlignment = 1;  // the kernels choose the vector width to suit the rows' alignment
 
 // Sets element_bytes, channels and geometry; x is the map or the windows.
 template <class Params>

@@ -24,7 +24,7 @@ struct WindowSpec {
   bool roll_then_pad = false, grid = false, axis_tables = false, allow_tf32 = false, needs_lse = true;
   double scale, mask_value, dropout_p;
 
-  // Parses "name=value;name=value;...", in which the window comes first.
+  // Parses "name=value;name=value;...". window_size comes first, because it sets the defaults of other fields.
   WindowSpec(const std::string& wire, double scale, double mask_value, double dropout_p)
       : scale(scale), mask_value(mask_value), dropout_p(dropout_p) {
     for (const char* next = wire.c_str(); *next != '\0';) {

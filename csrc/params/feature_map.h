@@ -7,7 +7,7 @@
 
 namespace swinkernels {
 
-// A (B, D, H, W, ...) tensor in image order.
+// A (B, D, H, W, ...) tensor in image order, that is, not divided into windows.
 template <class Pointer>
 struct FeatureMapOf {
   Pointer data;

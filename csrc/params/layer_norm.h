@@ -28,9 +28,9 @@ enum class RowLayout : int32_t {
 //
 // Merging and expanding cut each axis of a map (B, D, H, W, C) into blocks of `factor` tokens: merging cuts x, and z
 // has ceil(size / factor) tokens; expanding cuts z, which has size * factor tokens. The tokens of a block are numbered
-// row-major. Piece p of a merged row has length / prod(factor) elements: the block's neighbour neighbours[p], or zeros
-// if that neighbour is outside the map. In expanding, part p of a token of x has `length` elements and becomes token p
-// of the block.
+// row-major. Piece p of a merged row has length / prod(factor) elements: token neighbours[p] of the block, or zeros if
+// that token is outside the map. In expanding, part p of a token of x has `length` elements and becomes token p of the
+// block.
 struct LayerNormRows {
   RowLayout layout;
   int32_t length;

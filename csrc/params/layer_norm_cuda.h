@@ -8,15 +8,15 @@
 namespace swinkernels::cuda {
 
 // layer_norm_forward and layer_norm_backward launch on the given stream of the current device, and neither allocate nor
-// synchronise. They return cudaErrorInvalidValue for calls that no kernel supports: rows longer than kMaxRow, 2^31 or
-// more rows, neighbours that are 2^31 or more elements apart, or two different half-precision dtypes. Pointers to
-// tensors of rows must be 16-byte aligned.
+// synchronise. They return cudaErrorInvalidValue for calls that no kernel supports, such as rows longer than kMaxRow,
+// 2^31 or more rows, patch merging of neighbours that are 2^31 or more elements apart, or two different half-precision
+// dtypes. Pointers to tensors of rows must be 16-byte aligned.
 cudaError_t layer_norm_forward(const LayerNormForwardParams& params, cudaStream_t stream);
 
-// Returns the size of the workspace that the backward pass needs. It depends on the op, the dtypes and the rows, and on
-// whether dweight or dbias is requested (is not null; the pointers are not read). It also depends on the current
-// device: each thread block keeps partial sums of both gradients, and at most as many blocks are launched as fit on the
-// device at the same time.
+// Returns the size of the workspace that the backward pass needs. It depends on the op, on the dtypes, on the number,
+// length and layout of the rows, and on whether dweight or dbias is requested (is not null; the pointers are not read).
+// It also depends on the current device: each thread block keeps partial sums of dweight and dbias, and at most as many
+// blocks are launched as fit on the device at the same time.
 int64_t layer_norm_backward_workspace_bytes(const LayerNormBackwardParams& params);
 cudaError_t layer_norm_backward(const LayerNormBackwardParams& params, cudaStream_t stream);
 

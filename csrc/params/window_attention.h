@@ -26,8 +26,9 @@ using ConstTokenMap = TokenMapOf<const void*>;
 // Attention between two tokens of a window is masked if their regions differ on any axis, or, with a region map (int32,
 // with the frame's shape), if the map's values at their frame coordinates differ.
 // The bias of query i and key j is bias_table[r(i) - r(j) + r_max, head]. Here r(t) is the sum over axes of the
-// coordinate of t, *decoded row-major in table_window*, times the table stride of the axis, and r_max is the sum over
-// axes of (table_window - 1) * table stride. Table strides are those of a row-major (2 * table_window - 1) array.
+// coordinate of t (decoded row-major in table_window, not in window) times the table stride of the axis, and r_max is
+// the sum over axes of (table_window - 1) * table stride. Table strides are those of a row-major (2 * table_window - 1)
+// array.
 // With a key margin, the keys of a window are the M tokens of a larger window, with pad tokens outside the map; such a
 // call has no shift, grid or region map. The table has 2 * (window + margin) - 1 rows per axis: i is decoded in the
 // window, j in the key window, and r_max is the sum over axes of (key window - 1) * table stride.
@@ -62,9 +63,9 @@ struct WindowAttentionForwardParams {
   float* lse;
 
   const float* bias_table;      // (prod(2 * table_window - 1), bias_types, num_heads), or null
-  const float* bias;            // (bias_types, num_heads, N, M), or null; excludes bias_table
-  int32_t bias_types;           // window types of a table or dense bias; divides the windows per image; 1 without types
-  const float* axis_tables;     // the tables of all axes, (sum of axis_rows, head_dim), or null; excludes a bias
+  const float* bias;            // (bias_types, num_heads, N, M), or null; mutually exclusive with bias_table
+  int32_t bias_types;           // window types of a table or dense bias, or 1; divides the windows per image
+  const float* axis_tables;     // tables of all axes, (sum of axis_rows, head_dim), or null; never set with a bias
   int32_t axis_rows[3];         // 2 * window - 1, or 0 on the leading axis of a 2D map; 0 without axis_tables
   const float* logit_scale;     // (num_heads), v2: exp(min(logit_scale, ln 100)) multiplies cosines; null for v1
   const void* pad_qkv;          // (3, num_heads, head_dim): q, k and v of a pad token, or null for zeros

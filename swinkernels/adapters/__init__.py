@@ -1,8 +1,8 @@
-"""Defines accelerate and restore, and the adapters that run the modules of other libraries with this package's ops.
+"""Defines ``accelerate`` and ``restore``, and the adapters that run other libraries' modules with this package's ops.
 
 An adapter changes a module's class and keeps the module: parameters, buffers, hooks and names stay as they are.
-``libraries`` contains the adapters for known libraries, ``copies`` makes adapters for unknown classes that copy
-Microsoft's published code, and ``forms`` runs other modules from a description of their forward.
+``libraries`` contains the adapters for known libraries, ``copies`` creates adapters for unknown classes whose code was
+copied from Microsoft's, and ``forms`` runs other modules from a description of their forward.
 """
 
 from swinkernels.adapters.adapter import Accelerated, Adapter, register

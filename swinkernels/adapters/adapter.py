@@ -83,7 +83,7 @@ class Adapter:
     run: Callable[[Any, Tensor], Tensor] = _forward
     # Returns the reason why accelerate(recompute=True) has no effect on training steps of this module, or None.
     why_not_recompute: Callable[[Any], str | None] = _never_recomputes
-    # True if accelerate also looks for adapters for the modules inside, such as a stage's blocks.
+    # True if ``accelerate`` also looks for adapters for the module's submodules, such as a stage's blocks.
     looks_inside: bool = False
 
 
@@ -110,7 +110,7 @@ class Accelerated(nn.Module):
             watch_unless_watched(cls._swinkernels_original)
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors, such as masks, that this module and its submodules store but the ops compute."""
+        """Return the tensors, such as masks, that this module and its submodules store but that ops do not read."""
         return ()
 
     def _swinkernels_look(self) -> None:
@@ -151,7 +151,7 @@ class Accelerated(nn.Module):
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return a module's class; for an accelerated module, its class before accelerate."""
+    """Return a module's class; for an accelerated module, its class before ``accelerate``."""
     return module._swinkernels_original if isinstance(module, Accelerated) else type(module)
 
 
@@ -165,7 +165,7 @@ def _is_accelerated_class(cls: type) -> bool:
 
 
 def swap_class(adapter: Adapter, module: nn.Module, backend: str, recompute: bool = False) -> None:
-    """Make a module use this package's ops by changing its class."""
+    """Change the class of ``module`` to ``adapter.accelerated``, which uses this package's ops."""
     _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
     module.__dict__["_swinkernels_recomputes"] = recompute
@@ -175,7 +175,7 @@ def swap_class(adapter: Adapter, module: nn.Module, backend: str, recompute: boo
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo :func:`swap_class`. A module whose class was never swapped stays as it is."""
+    """Undo :func:`swap_class`. A module that is not accelerated stays as it is."""
     original = original_class(module)
     if original is not type(module):
         _change_class(module, original)
@@ -210,7 +210,7 @@ def register(library: str, *adapters: Adapter | Form) -> None:
         library: a module or package that is imported wherever one of the library's models exists, such as
             "timm.models". Registering the same name again replaces its adapters.
         adapters: an adapter or a form for each class. A :class:`Form` describes less than an :class:`Adapter`, so
-            accelerate tries it on random inputs before using it.
+            ``accelerate`` tests it on random inputs before using it.
 
     Raises:
         TypeError: ``library`` is not a string, or one of ``adapters`` is neither an :class:`Adapter` nor a

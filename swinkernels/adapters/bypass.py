@@ -123,10 +123,10 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
 
     Args:
         module: the module.
-        kind: the module's class before ``accelerate``. In a class that is not watched, only a forward replaced on the
+        kind: the module's class before ``accelerate``. If this class is not watched, only a ``forward`` replaced on the
             instance is detected.
-        name: the name of an inner module, for the message. Leave it empty for the accelerated module itself; a forward
-            on its instance is then ignored.
+        name: the name of an inner module, for the message. Leave it empty for the accelerated module itself; a
+            ``forward`` set on its instance is then ignored.
     """
     own = module.__dict__
     for method, published in _PUBLISHED.get(kind) or (("forward", kind.forward),):

@@ -1,4 +1,4 @@
-"""Calls a model once and records the ops that its replaced modules call, and their backends."""
+"""Runs a model once and records the ops that its replaced modules call, and the backends of these calls."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from swinkernels.ops._backends import observe_choices
 
 @dataclass(frozen=True)
 class Ran:
-    """The ops that one replaced module called while the model ran once."""
+    """The ops that one replaced module called during one run of the model."""
 
     path: str
     module_class: str
-    # (op, backend) -> number of calls, without those made by replaced modules nested in this one.
+    # (op, backend) -> number of calls, excluding calls by replaced modules nested in this one.
     calls: dict[tuple[str, str], int]
     # The reason why the op of the module's main part was not called, or None if it was called.
     reason: str | None = None
@@ -35,7 +35,7 @@ class Ran:
 
 
 class _Plain(TorchDispatchMode):
-    """A dispatch mode that changes nothing. While a mode is active, ops bypass their cache: every call is observed."""
+    """A dispatch mode without side effects. While one is active, ops bypass their cache, so every call is observed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -102,7 +102,10 @@ _OTHER_CALL = "its own code ran: the op does not accept this call's map, mask, d
 
 
 def _reason(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Return the reason why ``module``, if it is a copy of published code, runs its own code in this call, or None."""
+    """Return the reason why ``module`` runs its own code in this call, or None.
+
+    The result is always None for a module that is not a copy of published code.
+    """
     call = getattr(module, "_swinkernels_call", None)
     if call is None or not args:
         return None

@@ -1,4 +1,4 @@
-"""Finds the modules of a model that have an adapter, and swaps their classes: accelerate and restore."""
+"""Defines accelerate and restore, which swap the classes of a model's supported modules."""
 
 from __future__ import annotations
 
@@ -42,26 +42,27 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
 
     Args:
         model: any module, on any device, in any dtype. It may contain modules for which there is an adapter or a form,
-            and copies of Microsoft's Swin block from any package. Modules with a form and copies are replaced only if a
-            trial on random inputs gives the same results as their own forward.
-        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", as in the ops. "auto" chooses at every call.
+            and copies of Microsoft's Swin block from any package. Modules with a form, and copies, are replaced only if
+            a trial on random inputs gives the same results with ops as with the module's own forward.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", as for the ops. "auto" chooses at every call.
             On a device without kernels it leaves all work to the library's own code; elsewhere, calls that no kernel
             can run use plain PyTorch. A named backend raises NotImplementedError for a call that it cannot run, except
             that norms, residual connections and patch merging are left to "auto" if the backend has no such op.
         recompute: if True, blocks compute norms and GELU again in the backward pass of eager training instead of
             saving their results. This applies to the Swin blocks of timm, torchvision and transformers;
             ``Report.not_recomputed`` lists the other modules, with the reasons. A training step of timm's Swin-T then
-            keeps 0.6 times the original model's bytes for the backward pass; without ``recompute``, 0.92 times.
+            keeps 0.6 times as many bytes for the backward pass as with the original model; without ``recompute``, 0.92
+            times.
         verify: if True, first compare each replaced module's outputs and gradients with the original's, on a random map
             of the size that the module was made for, if it stores one.
 
     Returns:
-        A :class:`Report` that lists the replaced modules with their backends, and the modules left as they were with
+        A :class:`Report` that lists the replaced modules with their backends, and the modules left as they were, with
         the reasons. If the model contains no supported module, ``Report.reason`` says so.
 
     Raises:
         TypeError: ``model`` is not a module, or ``recompute`` is not a bool.
-        ValueError: ``backend`` is none of these names.
+        ValueError: ``backend`` is not one of these names.
         VerificationError: ``verify`` found a module that differs; the model is unchanged.
     """
     _check_module("accelerate", model)
@@ -107,7 +108,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
 
 
 def _note_not_recomputed(report: Report, replaced: dict[str, tuple[Adapter, nn.Module]]) -> None:
-    """Add the modules of ``replaced`` for which recompute=True has no effect in training to ``report.not_recomputed``.
+    """Add to ``report.not_recomputed`` the modules of ``replaced`` for which recompute=True has no effect in training.
 
     A stage that only calls blocks is not added, but its blocks are.
     """
@@ -156,7 +157,7 @@ Candidate = tuple[str, nn.Module, Adapter | None, str | None]
 
 
 def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) -> Iterator[Candidate]:
-    """Yield the modules that have an adapter or a form, or that resemble such a module.
+    """Yield a Candidate for each module that has an adapter or a form, or that resembles such a module.
 
     A module that occurs several times in the model is visited once. An adapter registered for the module's exact class
     takes precedence.
@@ -198,7 +199,7 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
             if adapter is None and reason is None:
                 unknown = lookalike.why_unknown(module)
                 reason = None if reported else unknown
-            # Once a block is reported, its attention is reported only if it is replaced.
+            # Once a block is reported, its attention module is reported only if that module is replaced.
             if adapter is not None or (reason is not None and not reported):
                 yield path, module, adapter, reason
             reported = reported or adapter is not None or reason is not None
@@ -219,7 +220,7 @@ def _resembles(module: nn.Module, adapter: Adapter) -> bool:
 
 
 def _closed(module: nn.Module) -> str | None:
-    """Return the reason why nothing inside a module may be changed, or None."""
+    """Return the reason why ``module`` and the modules inside it must not be changed, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript: accelerate the model before compiling it"
     if isinstance(module, torch.fx.GraphModule):

@@ -31,7 +31,7 @@ def know_gelu(kind: type[nn.Module], form: Callable[[Any], str | None]) -> None:
     _GELU[kind] = form
 
 
-# nn.Linear and its subclasses that give the same results.
+# nn.Linear and the registered subclasses, which give the same results.
 _LINEAR: set[type] = {nn.Linear}
 
 
@@ -46,7 +46,7 @@ def why_not_left_out(
 ) -> str | None:
     """Return the reason why a dropout or stochastic-depth module has to be called, or None if it has no effect.
 
-    ``training`` replaces the module's mode unless it is None.
+    Unless it is None, ``training`` replaces the module's training mode.
     """
     kind = nn.Identity if class_of(module) is nn.Identity else kind
     is_training = module.training if training is None else training
@@ -84,7 +84,7 @@ def why_not_readable(name: str, layer: Any) -> str | None:
 
 
 def is_plain_linear(name: str, layer: Any, x: Tensor) -> bool:
-    """Return True if ``layer`` is a Linear layer and an op may replace its call on ``x``."""
+    """Return True if ``layer`` is a Linear layer whose call on ``x`` an op may replace."""
     return _why_not_linear(name, layer) is None and not in_another_dtype(x, layer.weight, layer.bias)
 
 
@@ -100,7 +100,7 @@ def add_linear(name: str, layer: Any, x: Tensor, residual: Tensor, drops: Sequen
     """Return residual + drop(layer(x)), computed in one pass, or None if that is not possible.
 
     ``drops`` lists the dropouts after the layer as (name, module, expected class), the arguments of
-    :func:`drops_nothing`; None is returned if any of them has an effect.
+    :func:`drops_nothing`. If any dropout has an effect, the result is None.
     """
     if not fuses(x) or residual.dtype != x.dtype or not is_plain_linear(name, layer, x):
         return None
@@ -163,7 +163,10 @@ class Mlp:
         return s + (y if self.drop is None else child(block, self.drop)(y))
 
     def fused(self, block: Any, z: Tensor, s: Tensor | None = None) -> Tensor | None:
-        """Return MLP(z), or s + drop(MLP(z)), by fused matrix products, or None if the modules have to be called."""
+        """Compute MLP(z), or s + drop(MLP(z)) if ``s`` is given, with fused matrix products.
+
+        Return None if the modules have to be called.
+        """
         if not fuses(z):
             return None
         if s is not None:
@@ -190,7 +193,7 @@ class Mlp:
     def layers_or_reason(self, block: Any, training: bool | None = None) -> Layers | str:
         """Return the MLP's layers, or the reason, other than the input's dtype, why its modules have to be called.
 
-        ``training`` replaces the mode of the dropouts unless it is None.
+        Unless it is None, ``training`` replaces the training mode of the dropouts.
         """
         linears: list[Any] = []
         gelu = None

@@ -28,7 +28,7 @@ def frame_of(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
 def shift_regions(
     frame: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Return the region of each token of each window of the shifted map, as integers, (num_windows, N)."""
+    """Return the region, as an integer, of each token in each window of the shifted map, (num_windows, N)."""
     rank = len(frame)
     region = torch.zeros([1] * rank, dtype=torch.long, device=device)
     for axis, (p, w, s) in enumerate(zip(frame, window, shift, strict=True)):
@@ -56,13 +56,13 @@ def shift_mask(
     return torch.zeros(apart.shape, device=device).masked_fill(apart, value)
 
 
-# Replaces -inf in a mask, because kernels cannot subtract -inf from -inf. The exponential of either is 0. In a standard
-# mask no row is masked completely, because every token is in its own region.
+# Replaces -inf in a mask, because kernels cannot subtract -inf from -inf. The exponential of both values is 0. In a
+# standard mask no row is masked completely, because a token is never masked from itself.
 MASKED = -1e9
 
 
 def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Return relative_position_index, (N, N): the row for each query and key in a row-major bias table."""
+    """Return relative_position_index, (N, N): for each query and key, the row of a row-major bias table."""
     tokens = torch.cartesian_prod(*(torch.arange(w, device=device) for w in window))
     tokens = tokens.reshape(-1, len(window))
     index = torch.zeros(len(tokens), len(tokens), dtype=torch.long, device=device)
@@ -79,8 +79,8 @@ def holds(x: Any, asked: tuple[Any, ...]) -> bool:
     """Return True if ``x`` is a tensor with the values that a formula gives; the shapes may differ.
 
     If the values cannot be read, the result is False; on the meta device, only the numbers of elements are compared.
-    The function also works while a compiler or torch.export traces; under torch.export it returns the result cached for
-    the real tensor.
+    The function also works while a compiler or torch.export traces the code; under torch.export it returns the result
+    cached for the real tensor.
 
     Args:
         x: the stored tensor. For any other object the result is False.
@@ -115,7 +115,7 @@ def is_shift_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift:
     """Return True if ``mask``, passed to a module, equals :func:`shift_mask`; always False under a compiler.
 
     Compilers cannot read values. The result is cached for all modules that receive the same mask, because reading a
-    mask on a GPU synchronises.
+    mask on a GPU synchronises the CPU with the GPU.
     """
     return not torch.compiler.is_compiling() and is_stored_mask(mask, frame, window, shift)
 
@@ -130,7 +130,7 @@ def value_of_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift:
 
 @constant_when_compiled
 def _holds_when_traced(x: Any, *asked: Any) -> bool:
-    """Return :func:`holds` under dynamo, which passes the real tensor and compiles the result as a constant."""
+    """Compute :func:`holds` under dynamo, which passes the real tensor and compiles the result as a constant."""
     return _compare(x, asked)
 
 

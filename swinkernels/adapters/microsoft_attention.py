@@ -17,7 +17,7 @@ from swinkernels.ops._fused_linear import linear
 
 
 def resembles_attention(attn: nn.Module | None) -> bool:
-    """Return True if a module has the attributes of a window attention in Microsoft's form, v1 or v2."""
+    """Return True if ``attn`` has the attributes of a window attention module in Microsoft's form, v1 or v2."""
     if attn is None or isinstance(attn, torch.jit.ScriptModule):
         return False
     has_bias = hasattr(attn, "logit_scale" if is_cosine(attn) else "relative_position_bias_table")
@@ -25,7 +25,7 @@ def resembles_attention(attn: nn.Module | None) -> bool:
 
 
 def is_cosine(attn: nn.Module) -> bool:
-    """Return True for v2, which has a module ``cpb_mlp``.
+    """Return True if ``attn`` has the form of v2, that is, if it has a module ``cpb_mlp``.
 
     Parameters are not tested, because replicas and flattened or parametrised modules may store them elsewhere.
     """

@@ -29,7 +29,7 @@ from swinkernels.ops._library import autocast_dtype, linear_dtype
 
 
 def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of torch's LayerNorm for an input of ``dtype`` on x's device.
+    """Return the output dtype of torch's LayerNorm for an input of ``dtype`` on the device of ``x``.
 
     Under autocast it is float32, except on a CPU; otherwise it is ``dtype``.
     """
@@ -37,7 +37,10 @@ def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
-    """Return the output of a norm that only a Linear reads; under autocast, in the dtype of the Linear's input."""
+    """Return the output for ``x`` of the block's norm ``name``, which only a Linear layer reads.
+
+    Under autocast, the result has the dtype of the Linear layer's input.
+    """
     norm, dtype = child(block, name), autocast_dtype(x)
     if dtype is None or why_not_norm(name, norm, width) is not None:
         return norm(x)
@@ -65,9 +68,9 @@ def norm_row(norm: str) -> Callable[[Any], int]:
 
 
 def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the per-sample factors by which timm's DropPath would multiply y, or None if they are 1.
+    """Return the per-sample factors by which timm's DropPath would multiply ``y``, or None if they are 1.
 
-    They are computed from the same random numbers as in timm.
+    The factors are computed from the same random numbers as in timm.
     """
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
@@ -78,7 +81,7 @@ def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | N
 
 @dataclass(frozen=True)
 class Residual:
-    """Describes a block's residual connection and the norm next to it, which one op computes."""
+    """Describes a block's residual connection and the norm next to it, which one op computes together."""
 
     # The names of two modules of the block; drop_path is None if the branch itself ends with the drop path.
     norm: str
@@ -128,7 +131,7 @@ class Residual:
         return residual_post_norm(x, y, **self._arguments(block, y, dtype))
 
     def _arguments(self, block: Any, y: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the op's arguments after residual stream and branch. The drop path's factors are of type ``dtype``."""
+        """Return the op's arguments after the residual stream and the branch, with drop path factors of ``dtype``."""
         norm = child(block, self.norm)
         return {
             "weight": norm.weight,
@@ -184,7 +187,7 @@ def residuals_adapter(
 
 @dataclass(frozen=True)
 class Merging:
-    """Describes patch merging by the modules ``norm`` and ``reduction``, which one op computes."""
+    """Describes patch merging with the modules ``norm`` and ``reduction``, which one op replaces."""
 
     # "pre" (v1) if the norm precedes the reduction, "post" (v2) if it follows.
     norm: str

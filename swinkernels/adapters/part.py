@@ -46,11 +46,11 @@ def window_attention_part(
     dropout_p: Callable[[Any], float],
     reason_to_fall_back: Callable[[Any], str | None],
 ) -> Part:
-    """Create the part for attention that window_attention_qkvpacked computes.
+    """Create the part that describes attention computed by window_attention_qkvpacked.
 
     Args:
         weight: returns the QKV weight, (3C, channels of the input).
-        map_size: returns the tokens per axis of a map for the module.
+        map_size: returns the size of a map for the module, in tokens per axis.
         arguments: returns the op's arguments for heads, windows and mask; tensors may be omitted.
         dropout_p: returns the probability of attention dropout in training.
         reason_to_fall_back: as in :class:`Part`.
@@ -61,7 +61,8 @@ def window_attention_part(
         p = dropout_p(module) if training else 0.0
         size, given = map_size(module), arguments(module)
         head_dim = qkv_weight.shape[0] // (3 * given["num_heads"])
-        no_tokens = torch.empty(0, dtype=qkv_weight.dtype, device=qkv_weight.device)  # the weight may be of any class
+        # torch.empty instead of new_empty, because the weight may be of any tensor subclass.
+        no_tokens = torch.empty(0, dtype=qkv_weight.dtype, device=qkv_weight.device)
         try:
             spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
         except ValueError as error:  # no backend accepts the arguments, for example a window of too many tokens
@@ -79,7 +80,7 @@ def norm_part(
     arguments: Callable[[Any], tuple],
     reason_to_fall_back: Callable[[Any], str | None],
 ) -> Part:
-    """Create the part for an op that contains a norm.
+    """Create the part that describes an op with a norm.
 
     Args:
         name: the part's name.

@@ -1,7 +1,7 @@
 """Blocks whose backward pass recomputes norms and GELU: ``accelerate(recompute=True)``.
 
-attention_half and mlp_half save the inputs of norms and GELU for the backward pass, but not their results. In v2 no
-norm precedes QKV, so attention_half would save the same tensors as the block's attention; only the MLP half is
+attention_half and mlp_half save the inputs of norms and GELU for the backward pass, but not their results. In v2 blocks
+no norm precedes QKV: attention_half would save the same tensors as the block's own attention, so only the MLP half is
 replaced.
 """
 
@@ -25,7 +25,7 @@ from swinkernels.ops.mlp_half import mlp_half
 
 @dataclass(frozen=True)
 class Recompute:
-    """The parts of a block whose halves attention_half and mlp_half can compute."""
+    """Describes how mlp_half and, in v1, attention_half replace parts of a block."""
 
     # In v1, the drop path, the sum and the norm between attention and MLP; in v2, the norm, the drop path and the sum
     # after the MLP.
@@ -63,13 +63,13 @@ class Recompute:
         return self.why_not(block, training=True)
 
     def run(self, block: Any, x: Tensor, attention: Callable[[], Tensor | None] | None = None) -> Tensor | None:
-        """Compute the block (v1) or its MLP half (v2) with recomputation, or return None if it has to run without it.
+        """Compute the block (v1) or its MLP half (v2) with recomputation, or return None if it does not apply.
 
         Args:
             block: the accelerated block.
             x: the block's input (v1) or the residual stream after attention (v2).
-            attention: in v1, returns the attention branch of x before the drop path, or None if attention_half cannot
-                compute it for this x.
+            attention: in v1, a function that returns the attention branch of ``x`` before the drop path, or None if
+                attention_half cannot compute it.
         """
         if not (block._swinkernels_recomputes and torch.is_grad_enabled() and is_untraced((x,))):
             return None
@@ -89,7 +89,7 @@ class Recompute:
             if branch is None:
                 return None
             of_branch = branch.dtype
-        # Drop paths draw the same random numbers as in the library, because nothing else draws any after attention.
+        # Drop paths draw the same random numbers as the library's, because no other layer draws any after attention.
         scale = last = None
         if self.residual.drop_path is not None:
             drawn_for = x if branch is None else branch
@@ -109,15 +109,17 @@ class Recompute:
 def attention_branch(
     x: Tensor, norm: Any, qkv: Sequence[Any], proj: Any, backend: str, arguments: dict[str, Any]
 ) -> Tensor | None:
-    """Return the output of a v1 attention branch, computed by attention_half, or None if a parameter has another dtype.
+    """Return the output of a v1 block's attention branch, computed by attention_half.
+
+    Return None if the device or, outside autocast, the dtype of a parameter differs from that of ``x``.
 
     Args:
         x: (B, *S, C), the block's input.
         norm: the norm before QKV.
-        qkv: the Linear layer of q, k and v, or the three layers.
+        qkv: one Linear layer for q, k and v together, or one for each.
         proj: the Linear layer after attention.
         backend: the backend of the attention.
-        arguments: the arguments of window_attention_qkvpacked.
+        arguments: the keyword arguments of window_attention_qkvpacked.
     """
     parameters = [p for layer in (norm, *qkv, proj) for p in (layer.weight, layer.bias)]
     if in_another_dtype(x, *parameters):

@@ -22,7 +22,7 @@ class Replaced:
     # The backend of the main part (a block's attention, a v2 block's norms): the requested one, or the choice of "auto"
     # for the module's device and dtype in eval mode. If the library's own code runs, this is the library's name.
     backend: str
-    # The reasons why the requested backend, or a backend faster than the chosen one, cannot run a part.
+    # The reasons why the requested backend, or a backend faster than the chosen one, cannot run a part of the module.
     remarks: tuple[str, ...] = ()
 
 
@@ -108,7 +108,7 @@ class Report:
 
 @dataclass
 class Check:
-    """The ops and backends of the replaced modules in one call of the model; ``print`` it for a table."""
+    """The ops that each replaced module called in a run of the model, with their backends; ``print`` it for a table."""
 
     modules: list[Ran]
 
@@ -132,7 +132,7 @@ def _name(path: str) -> str:
 
 
 def _grouped(heading: str, entries: Sequence[Skipped | NotRecomputed]) -> list[tuple[str, ...]]:
-    """Return the rows of a table: the heading, then one row for each class, library and reason."""
+    """Return the rows of a table: the heading, then one row for each combination of class, library and reason."""
     paths: dict[tuple[str, str, str], list[str]] = {}
     for entry in entries:
         paths.setdefault((entry.module_class, entry.adapter, entry.reason), []).append(entry.path)
@@ -144,7 +144,7 @@ def _grouped(heading: str, entries: Sequence[Skipped | NotRecomputed]) -> list[t
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format rows as lines of aligned columns, the first one underlined."""
+    """Format ``rows`` as lines of aligned columns, and underline the first line."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

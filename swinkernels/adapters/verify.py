@@ -21,16 +21,16 @@ class VerificationError(RuntimeError):
 def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, backend: str, recompute: bool) -> None:
     """Raise VerificationError unless the accelerated module's output and gradients are as accurate as the original's.
 
-    Copies of both, without hooks and in eval mode, run on the same random map, and are compared with the original in
-    float64. The error of the accelerated module may be at most the sum of three terms: twice the error of the original
-    (four times for parameter gradients in float32 and float64, and more for tensors with few elements), the rounding of
-    the result to the dtype, and twice the change of the result when every element of the input and the parameters
-    changes by one eps. A gradient that should be zero may be as large as a rounding error of the largest gradient. The
-    module, its gradients and the state of every random number generator do not change.
+    Copies of both, without hooks and in eval mode, run on the same random input, and are compared with a float64 copy
+    of the original. The error of the accelerated module may be at most the sum of three terms: twice the error of the
+    original (four times for parameter gradients in float32 and float64, and more for tensors with few elements), the
+    rounding of the result to the dtype, and twice the change of the result when every element of the input and the
+    parameters changes by eps times its value. A result that should be zero may be as large as a rounding error of the
+    largest result. The module, its gradients and the state of every random number generator do not change.
 
     Args:
         adapters: module -> adapter, for every module to accelerate, including ``module`` and those inside it.
-        path, module: the module to compare, and its path in the model.
+        path, module: a module's path in the model, and the module to compare with its accelerated copy.
         backend, recompute: the arguments of accelerate.
     """
     adapter = adapters[module]
@@ -100,7 +100,7 @@ def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exa
     times = 4 if of_parameter and got.dtype in (torch.float32, torch.float64) else 2
     # A tensor of few elements, such as one per head, gives a poor estimate of how large rounding errors may be.
     few = 1 + 20 / got.numel()
-    # Large scores and sums that cancel magnify rounding errors, and the two modules round at different places.
+    # Large scores and sums that cancel magnify rounding errors, and the modules round different intermediate results.
     error, base, magnified = got.double() - exact, plain.double() - exact, shaken - exact
     for measure, of in (("RMS", lambda t: t.square().mean().sqrt()), ("largest", lambda t: t.abs().max())):
         size = of(exact).item()

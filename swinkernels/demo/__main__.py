@@ -175,11 +175,11 @@ def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[s
 
 
 def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
-    """Return a line per class of replaced modules: its main part's backend, then each part with another backend."""
+    """Return lines that count replaced modules by class, backend of the main part, and parts on other backends."""
     found: dict[tuple[str, ...], int] = {}
     for entry in replaced:
         backend = f"{entry.adapter}'s own code" if entry.backend == entry.adapter else f"backend {entry.backend}"
-        # A remark begins with "part: backend. " if faster backends cannot run the part.
+        # A remark begins with "<part>: <backend>. " if faster backends cannot run the part.
         parts = [remark.partition(". ")[0] for remark in entry.remarks if entry.backend != entry.adapter]
         others = [part for part in parts if part.partition(": ")[2] != entry.backend]
         key = (entry.module_class, backend, *others)
@@ -188,7 +188,10 @@ def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
 
 
 def _agreement(results: dict, exact: dict, dtype: torch.dtype) -> dict[str, float | bool]:
-    """Return the largest logit differences, and whether the error of swinkernels is within twice that of timm."""
+    """Return the largest logit, the largest logit differences, and whether the error of swinkernels is within budget.
+
+    The budget is twice the error of timm plus 4 eps times the largest logit.
+    """
     plain, fast, truth = results["timm"]["logits"], results["swinkernels"]["logits"], exact["logits"]
     largest = truth.abs().max().item()
     timm_error, our_error = ((logits - truth).abs().max().item() for logits in (plain, fast))

@@ -29,8 +29,8 @@ def _first_component(x: Tensor) -> tuple[Tensor, Tensor]:
 def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: dict[str, Tensor], title: str) -> None:
     """Draw the photograph and, for every stage, both outputs on the same colour scale, and their difference.
 
-    Outputs are projected on the first principal component of timm's output. The difference is the root mean square over
-    the channels.
+    Outputs are projected onto the first principal component of timm's output. The difference is shown as its root mean
+    square over the channels.
     """
     names = [name for name in plain if name.startswith("stage")]
     fig = plt.figure(figsize=(4.2 + 2.9 * len(names), 7.6), layout="constrained")
@@ -44,7 +44,7 @@ def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: d
 
     axes = right.subplots(3, len(names), squeeze=False)
     for column, name in enumerate(names):
-        x, y = plain[name][0], fast[name][0]  # the map (H, W, C) of the first image
+        x, y = plain[name][0], fast[name][0]  # the outputs (H, W, C) for the first image
         mean, direction = _first_component(x)
         maps = [((t - mean) @ direction).numpy() for t in (x, y)]
         low, high = min(m.min() for m in maps), max(m.max() for m in maps)
@@ -79,7 +79,7 @@ def _colourbar(fig: Any, image: Any, axes: np.ndarray, label: str) -> None:
 
 
 def save_times(path: Path, samples: dict[str, dict[str, dict[str, list[float]]]], title: str) -> None:
-    """Draw the median times by stage, in one panel per mode, with interquartile ranges and the ratio of each pair."""
+    """Draw the median times by stage, in one panel per mode, with interquartile ranges and speed-ups."""
     fig, axes = plt.subplots(1, len(samples), figsize=(6.4 * len(samples), 4.6), layout="constrained", squeeze=False)
     fig.suptitle(title, fontsize=13)
     for axis, (mode, by_model) in zip(axes.flat, samples.items(), strict=True):

@@ -18,7 +18,10 @@ INFERENCE, TRAINING = "inference step", "training step"
 
 
 def photo_batch(photo: Tensor, batch: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return normalised images (batch, 3, size, size): the whole photograph, then crops, every second one mirrored."""
+    """Return normalised images (batch, 3, size, size): the whole photograph, then crops.
+
+    Every second image is mirrored.
+    """
     image = photo.permute(2, 0, 1).float() / 255
     side = min(image.shape[1:])
     images = []
@@ -33,7 +36,7 @@ def photo_batch(photo: Tensor, batch: int, size: int, mean: tuple[float, ...], s
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a context that autocasts to ``dtype``, or that does nothing for float32, the parameters' dtype."""
+    """Return a context manager that autocasts to ``dtype``; for float32, the parameters' dtype, it does nothing."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
@@ -62,7 +65,7 @@ def outputs(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def step(model: nn.Module, x: Tensor, dtype: torch.dtype, mode: str) -> None:
-    """Run one forward pass in eval mode, or forward, loss and backward in training mode."""
+    """Run a forward pass if ``mode`` is INFERENCE, else the forward pass, the loss and the backward pass."""
     if mode == INFERENCE:
         with torch.inference_mode(), autocast(x.device, dtype):
             model(x)
@@ -76,7 +79,7 @@ def step(model: nn.Module, x: Tensor, dtype: torch.dtype, mode: str) -> None:
 
 
 class Stopwatch:
-    """Measures milliseconds with CUDA events on a GPU and with the clock on a CPU."""
+    """Measures milliseconds with CUDA events on a GPU and with ``time.perf_counter`` on a CPU."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -156,7 +159,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints messages between the tables
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints messages between the demo's tables
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result

@@ -1,4 +1,4 @@
-"""Entry points for users of timm (registry), mmpretrain (registry) and Microsoft's window_process (interface).
+"""Integrations with the model registries of timm and mmpretrain, and the interface of Microsoft's window_process.
 
 The adapters moved to ``swinkernels.adapters`` in 0.2.0. Their old module paths remain importable until 0.3.0, so that
 models pickled with 0.1.0 load.
@@ -39,7 +39,7 @@ _MOVED = {
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """Imports a module listed in ``_MOVED`` under its old name. Both names give the same module object and classes."""
+    """Imports a module listed in ``_MOVED`` under its old name. The old and new names give the same module object."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -56,4 +56,4 @@ class _MovedModules(MetaPathFinder, Loader):
 
 
 if not any(type(finder).__name__ == _MovedModules.__name__ for finder in sys.meta_path):
-    sys.meta_path.insert(0, _MovedModules())  # before the finder for files, which would import a second copy
+    sys.meta_path.insert(0, _MovedModules())  # before the path-based finder, which would import a second copy

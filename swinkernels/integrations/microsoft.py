@@ -24,7 +24,7 @@ _NO_PADDING = "pad_then_roll"  # without padding, roll_then_pad gives the same r
 def _check_geometry(
     op: str, batch: Any, height: Any, width: Any, channels: Any, shift_size: Any, window_size: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Check the geometry; return the size of the map, the roll and the window, with two values each."""
+    """Check the geometry; return the map's size, the roll and the window, as two ints each."""
     _arguments.check_count(op, "B", batch, at_least=0)
     for name, value in (("H", height), ("W", width), ("C", channels)):
         _arguments.check_count(op, name, value)
@@ -63,7 +63,7 @@ class WindowProcess:
 
         .. math:: windows = window\_partition(roll(input, +shift\_size))
 
-        The sign is that of ``torch.roll``. Models shift by -s before attention and pass -s here.
+        The sign is that of ``torch.roll``: Swin models, which roll the map by -s before attention, pass -s here.
 
         Args:
             input: (B, H, W, C) or (B, H * W, C), of any dtype and strides.

@@ -13,7 +13,7 @@ from swinkernels.ops._arguments import check_ints
 
 
 def stage_sizes(op: str, img_size: Any, patch_size: int, stages: int) -> list[tuple[int, ...] | None]:
-    """Return the map size of each stage for an image size, or None for each stage without an image size."""
+    """Return the map size of each stage for images of ``img_size``, or one None per stage if ``img_size`` is None."""
     if img_size is None:
         return [None] * stages
     size = tuple(-(-n // patch_size) for n in check_ints(op, "img_size", img_size, 2, at_least=1))
@@ -36,7 +36,7 @@ def make_stages(
     options: dict[str, Any],
     pretrained_window_sizes: Sequence[int],
 ) -> list[BasicLayer]:
-    """Create the stages of an encoder. All use ``options``; all but the last end with patch merging."""
+    """Create an encoder's stages, all with ``options``; every stage but the last ends with patch merging."""
     stages = []
     for i, depth in enumerate(depths):
         more: dict[str, Any] = {"drop_path": rates[i], **options}
@@ -50,7 +50,7 @@ def make_stages(
 
 
 def initialise(model: nn.Module) -> None:
-    """Initialise a model as Microsoft does: small weights, zero biases and, in v2, norm weights of zero."""
+    """Initialise as Microsoft does: Linear weights of std 0.02, zero biases and, in v2 blocks, zero norm weights."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

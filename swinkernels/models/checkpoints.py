@@ -83,7 +83,7 @@ class Loaded:
     loaded: list[str] = field(default_factory=list)  # parameters with values from the checkpoint
     resized: dict[str, str] = field(default_factory=dict)  # bias tables resized from another window -> the rule
     left: dict[str, str] = field(default_factory=dict)  # unused entries of the checkpoint -> the reason
-    kept: list[str] = field(default_factory=list)  # unchanged parameters, missing in the checkpoint
+    kept: list[str] = field(default_factory=list)  # unchanged parameters, missing from the checkpoint
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} parameters loaded"]
@@ -104,7 +104,7 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
     Names are translated, separate q, k and v layers are joined and, for mmpretrain, the channels of patch merging are
     reordered. A bias table trained with another window is resized by the rule that the checkpoint's library uses:
 
-    - timm: linear interpolation between the source's offsets, which are placed in the new window at distances that
+    - timm: linear interpolation between the source's offsets, which are placed in the new window with gaps that
       grow geometrically. This keeps the centre and the outermost offsets for a larger window, and nearly crops the
       table for a smaller one.
     - mmpretrain: interpolation between the same offsets, by cubic splines; this needs SciPy.
@@ -122,14 +122,15 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
             from the keys.
 
     Returns:
-        A :class:`Loaded`, which lists the entries that were loaded, resized (with the rule), left out or kept. A head
-        for another number of classes and entries outside the backbone are left out. Entries that the encoder does not
-        need, such as the head, the norms of ``out_indices`` or a decoder, may be missing. As in the published code, the
-        encoder's blocks are also copied into the decoder of a :class:`SwinUnet`, unless the checkpoint has a decoder.
+        A :class:`Loaded`, which lists the entries that were loaded, resized (with the rule) or left out, and the
+        parameters that kept their values. A head for another number of classes and entries outside the backbone are
+        left out. Entries that the encoder does not need, such as the head, the norms of ``out_indices`` or a decoder,
+        may be missing. As in the published code, the encoder's blocks are also copied into the decoder of a
+        :class:`SwinUnet`, unless the checkpoint has a decoder.
 
     Raises:
         TypeError: ``model`` is not a module, or ``checkpoint`` contains no tensors.
-        ValueError: the source is unknown, or entries do not fit; the message names each.
+        ValueError: the source is unknown, or entries do not fit; the message lists up to eight of them.
 
     Source: ``load_pretrained`` of Microsoft's Swin-Transformer; ``resize_rel_pos_bias_table`` of timm;
     ``resize_relative_position_bias_table`` of mmpretrain; ``load_from`` of Swin-Unet.
@@ -220,7 +221,7 @@ def _find_source(source: str, state: Tensors) -> tuple[str, str]:
 
 
 def _first_merging(state: Tensors, prefix: str = "") -> int | None:
-    """Return the index of the first stage with merging (0 if merging ends stages, 1 if it begins them), or None."""
+    """Return the index of the first stage with patch merging (0 if it ends stages, 1 if it begins them), or None."""
     found = [re.match(rf"{re.escape(prefix)}layers[._](\d+)\.downsample\.", key) for key in state]
     return min((int(m[1]) for m in found if m is not None), default=None)
 
@@ -362,7 +363,7 @@ def _bicubic(table: Tensor, side: int, target: tuple[int, ...]) -> Tensor:
 
 
 def _geometric_offsets(side: int, target: int) -> Tensor:
-    """Return the positions of ``side`` offsets among ``target`` offsets: around 0, with geometrically growing gaps."""
+    """Return the positions of ``side`` offsets among ``target``: symmetric about 0, with geometrically growing gaps."""
     reach, wanted = side // 2, target // 2
     low, high = 1.01, 1.5
     ratio = low
@@ -377,7 +378,10 @@ def _geometric_offsets(side: int, target: int) -> Tensor:
 
 
 def _linear_weights(at: Tensor, wanted: Tensor) -> Tensor:
-    """Return the (wanted, at) matrix that interpolates linearly from offsets ``at`` to ``wanted``, constant outside."""
+    """Return the (len(wanted), len(at)) matrix of linear interpolation from offsets ``at`` to ``wanted``.
+
+    Beyond the ends of ``at``, the interpolation is constant.
+    """
     right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
     share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
     weights = torch.zeros(len(wanted), len(at), dtype=at.dtype)
@@ -420,7 +424,7 @@ _RULES: dict[str, tuple[str, Callable[[Tensor, int, tuple[int, ...]], Tensor]]] 
 
 
 def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
-    """Remove v2 offset tables and masks from ``state``; return an error for each table that does not fit the model."""
+    """Remove v2 offset tables and masks from ``state``; return a message for each table that does not fit the model."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_coords_table")]:
         path = key.rpartition(".")[0]
@@ -452,7 +456,7 @@ def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
 
 
 def _wrong_indices(model: nn.Module, state: Tensors) -> list[str]:
-    """Remove bias-table indices from ``state``; return an error for each that differs from the model's."""
+    """Remove bias-table indices from ``state``; return a message for each that differs from the model's."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_position_index")]:
         theirs = state.pop(key)

@@ -31,13 +31,13 @@ class SwinTransformer(nn.Module):
         window_size: tokens of a window per axis.
         mlp_ratio, qkv_bias: as for :class:`swinkernels.nn.SwinTransformerBlock`.
         drop_rate, attn_drop_rate: dropout probabilities of tokens and of attention weights.
-        drop_path_rate: probability that the last block drops a branch. It increases linearly, from 0 in the first
-            block.
+        drop_path_rate: probability that the last block drops a branch. The probability rises linearly from 0 in the
+            first block.
         patch_norm: True for a norm in the patch embedding.
         use_checkpoint: True to recompute blocks in the backward pass instead of storing their intermediate results.
         version: 1 or 2.
         pretrained_window_sizes: for v2, the window with which each stage was trained, or 0 for the stage's window.
-        out_indices: stages whose maps are returned instead of class scores, each map after its own norm.
+        out_indices: indices of the stages whose maps, each after its own norm, are returned instead of class scores.
         pad_order, backend: as for :class:`swinkernels.nn.WindowAttention`.
 
     Shape:
@@ -45,8 +45,8 @@ class SwinTransformer(nn.Module):
         (B, C_i, H_i, W_i).
 
     Parameters: those of Microsoft's Swin-Transformer, without absolute position embedding: ``patch_embed``,
-    ``layers.<i>.blocks.<j>``, ``layers.<i>.downsample``, ``norm`` and ``head``. With ``out_indices`` there are
-    ``norm<i>`` in place of ``norm`` and ``head``, as in Microsoft's code for detection and segmentation.
+    ``layers.<i>.blocks.<j>``, ``layers.<i>.downsample``, ``norm`` and ``head``. With ``out_indices``, the
+    norms ``norm<i>`` replace ``norm`` and ``head``, as in Microsoft's code for detection and segmentation.
 
     Source: Swin Transformer (Liu et al., 2021), Swin Transformer V2 (Liu et al., 2022); ``SwinTransformer`` and
     ``SwinTransformerV2`` of Microsoft's Swin-Transformer, the backbone of its Swin-Transformer-Semantic-Segmentation.

@@ -20,7 +20,8 @@ class SwinUnet(nn.Module):
             None, no window shrinks.
         in_chans: channels of the image.
         num_classes: channels of the result.
-        embed_dim: channels of the first stage; each further encoder stage has twice as many. Patches have 4x4 pixels.
+        embed_dim: channels of the first stage, whose tokens are patches of 4x4 pixels; each further encoder stage has
+            twice as many as the one before.
         depths, num_heads: blocks and heads of each encoder stage, and of the decoder stages in reverse order.
         window_size, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, drop_path_rate, patch_norm, use_checkpoint,
             backend: as for :class:`swinkernels.models.SwinTransformer`.

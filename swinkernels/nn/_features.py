@@ -34,7 +34,7 @@ def refuse_tracing(op: str) -> None:
 
 
 def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: int) -> Tensor:
-    """Return x as a map (B, *S, dim), given a map or a sequence of tokens (B, L, dim) with its size S."""
+    """Return ``x``, a map or a sequence of tokens (B, L, dim) with ``size`` = S, as a map (B, *S, dim)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
     if size is not None:
@@ -56,14 +56,14 @@ def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: 
             f"{tuple(x.shape[1:-1])}"
         )
     _arguments.check_features(op, "x", x)
-    # With a wrong number of channels, the op could infer other merged axes from the widths and compute a wrong result.
+    # With a wrong number of channels, the op could infer wrong merged axes from the widths and compute a wrong result.
     if x.shape[-1] != dim:
         raise ValueError(f"{op}: x must have dim = {dim} channels, got {x.shape[-1]}")
     return x
 
 
 def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
-    """Return the map y in the form of x: as a sequence if x was passed with its size, else as a map."""
+    """Return the map ``y`` in the form of the input: as a sequence if the input had a ``size``, else as a map."""
     return y if size is None else y.flatten(1, -2)
 
 

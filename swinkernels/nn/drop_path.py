@@ -12,7 +12,7 @@ class DropPath(nn.Module):
     Args:
         drop_prob: the probability that the branch of a sample is dropped, 0..1.
 
-    Source: Deep Networks with Stochastic Depth (Huang et al., 2016); timm's ``DropPath``, which draws the same numbers.
+    Source: Deep Networks with Stochastic Depth (Huang et al., 2016); timm's ``DropPath``, with the same random draws.
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:
@@ -22,9 +22,10 @@ class DropPath(nn.Module):
         self.drop_prob = float(drop_prob)
 
     def scale(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Draw per-sample factors (B,) for ``y``: 0 to drop a sample, else 1 / (1 - p). Return None if all are 1.
+        """Draw per-sample factors (B,) for ``y``: 0 with probability drop_prob, else 1 / (1 - drop_prob).
 
-        If y is not the branch itself, pass the branch's ``dtype``, because the random numbers on a GPU depend on it.
+        Return None if all factors are 1. If ``y`` is not the branch itself, pass the branch's ``dtype``, because the
+        random numbers on a GPU depend on it.
         """
         if self.drop_prob == 0.0 or not self.training:
             return None

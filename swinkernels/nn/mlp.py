@@ -59,7 +59,7 @@ class Mlp(nn.Module):
         )
 
     def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
-        """Run the MLP half of a block with ``mlp_half``, given the block's norm and further arguments ``options``."""
+        """Run a block's MLP half with ``mlp_half``, given the block's norm and further ``options``."""
         modules: Any = self._modules
         fc1, fc2 = modules["fc1"], modules["fc2"]
         return mlp_half(

@@ -19,9 +19,9 @@ class PatchEmbed(nn.Module):
 
     .. math:: y_i = LayerNorm(W \cdot patch_i + b)
 
-    The projection is torch's convolution, with kernel and stride equal to the patch. It runs in the channels-last
-    memory format, so its result is already the feature map, and only the image is rearranged. An image that is not a
-    multiple of the patch is padded with zeros at its end.
+    The projection is torch's convolution, with kernel and stride equal to the patch size. It runs in the channels-last
+    memory format, so its result is already the feature map, and only the image is copied to another layout. An image
+    that is not a multiple of the patch size is padded with zeros at the end of each axis.
 
     Args:
         patch_size: pixels per axis, an int or one for each axis, in the order of the image's axes.

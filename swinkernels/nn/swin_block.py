@@ -128,7 +128,7 @@ class SwinTransformerBlock(_Block):
     .. math::
         s = x + attention(LayerNorm(x)), \quad y = s + MLP(LayerNorm(s))
 
-    The sum and the norm after it are one op.
+    One op computes the first sum with the norm after it or, in inference on some CPUs, with the projection before it.
 
     Args:
         dim: channels C of a token.
@@ -211,7 +211,7 @@ class SwinTransformerBlock(_Block):
         modules: Any = self._modules
         first, attn, drop_path1, second, mlp, drop_path2 = map(modules.get, self._CALLED)
         if self._is_of_halves(x):
-            if fuses(x):  # the fused projection adds the residual, instead of the op with the norm
+            if fuses(x):  # the fused projection adds the residual; otherwise the op with the next norm does
                 d, e = drop_path1.scale(x), drop_path2.scale(x)
                 x = attn.run_half(x, first, drop_path_scale=d)
                 return mlp.run_half(x, second, drop_path_scale=e, backend=backend)
@@ -232,7 +232,7 @@ class SwinTransformerBlockV2(_Block):
     .. math::
         s = x + LayerNorm(attention(x)), \quad y = s + LayerNorm(MLP(s))
 
-    The norm and the sum are one op.
+    One op computes each norm and the sum after it.
 
     Args:
         dim, input_resolution, num_heads, window_size, shift_size, mlp_ratio, qkv_bias, drop, attn_drop, drop_path,
@@ -323,8 +323,8 @@ class BasicLayer(nn.Module):
             C / 2 to C channels, as in timm.
         use_checkpoint: True to store only the input of each block in training and recompute the rest in the backward
             pass.
-        upsample: class or function that creates the patch expanding of C channels after the blocks, as in Swin-Unet's
-            decoder, or None for no expanding.
+        upsample: class or function that creates the patch expanding of the C channels after the blocks, as in
+            Swin-Unet's decoder, or None for no expanding.
         options: further arguments of the blocks (``head_dim``, ``small_maps``, ``pad_order``, ``act_layer``, ``eps``).
         backend: backend of the blocks and, if it supports them, of merging and expanding.
         device, dtype: device and dtype of the parameters.
@@ -441,7 +441,7 @@ class BasicLayerV2(BasicLayer):
         pretrained_window_size: as for :class:`WindowAttentionV2`.
         others: as for :class:`BasicLayer`, except ``qk_scale``, ``head_dim`` and ``small_maps``.
 
-    Shape, parameters and source: as for :class:`BasicLayer`; Swin Transformer V2 (Liu et al., 2022).
+    Shape, parameters and source: as for :class:`BasicLayer`; see also Swin Transformer V2 (Liu et al., 2022).
     """
 
     _BLOCK = SwinTransformerBlockV2

@@ -196,7 +196,7 @@ class Block(nn.Module):
     .. math::
         s = x + \gamma_1 \, attention(LayerNorm(x)), \quad y = s + \gamma_2 \, MLP(LayerNorm(s))
 
-    The sum and the norm after it are one op.
+    One op computes the first sum and the norm after it.
 
     Args:
         dim, num_heads, qkv_bias, attn_drop, window_size, rel_pos, backend, device, dtype: as for :class:`Attention`;
@@ -206,7 +206,7 @@ class Block(nn.Module):
         init_values: initial value of the branches' factors gamma; None or 0 for no factors.
         drop_path: probability of dropping a branch for a sample.
         act_layer: class or function that creates the MLP's activation.
-        eps: added to the variance of the norm.
+        eps: added to the variance of the norms.
 
     Shape: as for :class:`Attention`.
 

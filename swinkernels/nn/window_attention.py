@@ -61,7 +61,7 @@ class _WindowAttention(nn.Module):
         return self.qkv(x), self._qkv_bias()
 
     def _scores(self) -> dict[str, Any]:
-        """Return the arguments of the op that define the scores."""
+        """Return the op's arguments that define the scores."""
         raise NotImplementedError
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ class _WindowAttention(nn.Module):
         )
 
     def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
-        """Run the attention half of a block with ``attention_half``, given the block's norm and further arguments."""
+        """Run a block's attention half with ``attention_half``, given the block's norm and further ``options``."""
         refuse_tracing(type(self).__name__)
         modules: Any = self._modules
         proj, arguments = modules["proj"], self._arguments(x.shape[1:-1])
@@ -171,7 +171,7 @@ class WindowAttention(_WindowAttention):
 
     Parameters: ``qkv.weight`` (3 * A, C), ``qkv.bias`` (3 * A), ``proj.weight`` (C, A), ``proj.bias`` (C),
     ``relative_position_bias_table`` (prod(2 * window - 1), num_heads), A = num_heads * head_dim. A checkpoint may also
-    have Microsoft's ``relative_position_index``, which is compared with the formula and not stored.
+    have Microsoft's ``relative_position_index``, which is checked but not stored.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.2; ``WindowAttention`` of Microsoft's Swin-Transformer and
     timm, ``WindowAttention3D`` of Video-Swin.
@@ -233,9 +233,9 @@ class WindowAttentionV2(_WindowAttention):
     .. math::
         score_{ij} = e^{\min(logit\_scale, \ln 100)} \cos(q_i, k_j) + 16 \, \sigma(MLP(\Delta_{ij}))
 
-    where Delta is the logarithmically spaced offset of the two tokens. The MLP runs once for each offset in a window.
-    It runs in its own dtype even under autocast, because half precision would cost more accuracy in the bias than in
-    the rest of the block.
+    where Delta is the logarithmically spaced offset between tokens i and j. The MLP runs once for each offset in a
+    window. It runs in its own dtype even under autocast, because half precision would cost more accuracy in the bias
+    than in the rest of the block.
 
     Args:
         dim, window_size, num_heads, attn_drop, proj_drop, shift_size, pad_order, backend, device, dtype: as for
@@ -249,7 +249,7 @@ class WindowAttentionV2(_WindowAttention):
     Parameters: ``logit_scale`` (num_heads, 1, 1), ``cpb_mlp.0.weight`` (512, axes), ``cpb_mlp.0.bias`` (512),
     ``cpb_mlp.2.weight`` (num_heads, 512), ``qkv.weight`` (3C, C), ``q_bias``, ``v_bias`` (C), ``proj.weight`` (C, C),
     ``proj.bias`` (C). A checkpoint may also have Microsoft's ``relative_position_index`` and ``relative_coords_table``,
-    which are compared with the formulas and not stored.
+    which are checked but not stored.
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3; ``WindowAttention`` of Microsoft's
     swin_transformer_v2.py and timm's.
@@ -296,7 +296,7 @@ class WindowAttentionV2(_WindowAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the scale, the biases and the offsets. The linear layers have their own reset_parameters."""
+        """Initialise ``logit_scale``, the biases and the offsets. The linear layers have their own reset_parameters."""
         nn.init.constant_(self.logit_scale, math.log(10))
         for bias in (self.q_bias, self.v_bias):
             if bias is not None:

@@ -51,7 +51,7 @@ def _shape(x: Tensor) -> str:
 def _index(value: Any) -> int | None:
     """Convert an integer of any type, including NumPy's, to int; return None for a bool or any other value.
 
-    A compiler's symbolic int becomes a constant of the compiled code, because windows and heads select the kernel.
+    A compiler's symbolic int becomes a constant of the compiled code, because window sizes and heads select the kernel.
     """
     try:
         return None if isinstance(value, (bool, Tensor)) else operator.index(value)
@@ -310,7 +310,7 @@ def check_choice(op: str, name: str, value: Any, accepted: Sequence[str]) -> Non
 
 
 def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Check window and shift; return each as one value per axis."""
+    """Check ``window_size`` and ``shift_size``; return both with one value per axis."""
     window = per_axis_ints(op, "window_size", window_size, rank)
     if any(w < 1 for w in window):
         raise ValueError(f"{op}: window_size must be at least 1 per axis, got {window}")
@@ -321,7 +321,7 @@ def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple
 
 
 def check_roll(op: str, shift_size: Any, rank: int) -> tuple[int, ...]:
-    """Check a cyclic shift. As in torch.roll, it is any number of tokens per axis, in either direction."""
+    """Check a cyclic shift: as for torch.roll, any number of tokens per axis, in either direction."""
     return per_axis_ints(op, "shift_size", shift_size, rank)
 
 
@@ -427,7 +427,7 @@ def _check_key_window(
     keys: tuple[int, ...],
     beside: Mapping[str, bool],
 ) -> None:
-    """Check a key window that differs from the window; ``beside`` maps excluded arguments to True if given."""
+    """Check a key window that differs from the window; ``beside``: incompatible argument -> whether it is given."""
     if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
         raise ValueError(
             f"{op}: key_window must be window_size plus an even number of tokens per axis, half of them on each side, "

@@ -23,7 +23,7 @@ BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 # The backends with kernels that "auto" tries on each device, best first. If none can run the call, "auto" falls back to
 # "torch".
 PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-# Backends in plain PyTorch, which run every op: the fast code (ops/fallback.py) and the definitions.
+# Backends in plain PyTorch, which run every op: the fast code (ops/fallback.py) and the reference.
 PLAIN = ("torch", "reference")
 
 # The backends with kernels for each op. The entry for window_partition also covers window_reverse.
@@ -71,7 +71,7 @@ if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
 
 
 def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
-    """Return True if kernels compiled for arch_list ("8.0", "9.0+PTX", ...) run on this compute ``capability``."""
+    """Return True if kernels compiled for ``arch_list`` ("8.0", "9.0+PTX", ...) run on GPUs of ``capability``."""
     for arch in arch_list:
         match = re.fullmatch(r"(\d+)\.(\d+)(a|f)?(\+PTX)?", arch)
         if match is None:
@@ -172,7 +172,7 @@ def has_room_for_longest(backend: str, device: torch.device) -> bool:
 
 @constant_when_compiled
 def _shared_bytes(device: torch.device) -> int:
-    """Return the largest shared memory of a block on the GPU ``device``, in bytes."""
+    """Return the maximum shared memory per block on the GPU ``device``, in bytes."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
@@ -212,7 +212,7 @@ def norm_reasons(
 def residual_reasons(
     backend: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> list[str]:
-    """List the reasons why a backend cannot run a residual connection with its norm.
+    """List the reasons why a backend cannot run a residual connection with a norm.
 
     ``dtypes`` are the dtypes of the residual stream and of the branch.
     """
@@ -293,7 +293,7 @@ def _observed(op: str, backend: str) -> str:
 
 @contextlib.contextmanager
 def observe_choices(observe: Callable[[str, str], None]) -> Iterator[None]:
-    """Call ``observe(op, backend)`` for every choice of a backend. A call found in the call cache makes no choice."""
+    """Call ``observe(op, backend)`` whenever a backend is chosen; op calls found in the call cache choose none."""
     _OBSERVERS.append(observe)
     try:
         yield

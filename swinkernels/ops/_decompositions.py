@@ -72,7 +72,7 @@ class _Windows:
         return axes
 
     def _per_token(self, axes: Sequence[Tensor], lengths: Sizes) -> Tensor:
-        """Return the row-major index of each token, (num_windows, N), given its coordinates from :meth:`_axes`."""
+        """Return each token's row-major index, (num_windows, N), in a grid of ``lengths``, given its coordinates."""
         rank, number = len(axes), None
         for axis, (values, length) in enumerate(zip(axes, lengths, strict=True)):
             shape = [1] * (2 * rank)

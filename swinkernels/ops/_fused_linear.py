@@ -42,8 +42,8 @@ def linear(
 ) -> Tensor:
     """Return Linear(x), GELU(Linear(x)) with ``gelu`` as its approximation, or residual + Linear(x).
 
-    x, weight and bias have one dtype; the sum has the residual's dtype. If no fused function applies, torch's separate
-    functions run.
+    ``x``, ``weight`` and ``bias`` have the same dtype; the sum has the residual's dtype. If no fused function applies,
+    torch's separate functions run.
     """
     if x.device.type == "cpu" and _is_fused(x, weight, bias):
         if residual is not None and _can_be_added(residual, x, weight):
@@ -57,9 +57,9 @@ def linear(
 
 
 def fuses(x: Tensor) -> bool:
-    """Return True if a module with input x should call :func:`linear`, as in inference on a CPU in eager PyTorch.
+    """Return True if a module with input ``x`` should call :func:`linear`: in eager CPU inference that oneDNN can fuse.
 
-    The result is False under autocast, because torch caches cast weights only for its own functions.
+    The result is False under autocast, because torch caches the cast weights only for its own functions.
     """
     return (
         x.device.type == "cpu"
@@ -97,7 +97,7 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.jit.is_tracing()
         and _PLACE.issuperset((t.layout, t.device) for t in tensors if t is not None)
         and linear_dtype(x) == weight.dtype == x.dtype
-        # oneDNN reads a bias as if it were contiguous (torch 2.14).
+        # oneDNN reads every bias as if it were contiguous (torch 2.14).
         and (bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
         and x.shape[-1] == weight.shape[1]
     )
@@ -110,7 +110,7 @@ def _can_be_added(residual: Tensor, x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    """Return True if fusing saves more than oneDNN's overhead (in float32 20 us per call, and 2 us for F.linear)."""
+    """Return True if fusing saves more than oneDNN's overhead (in float32 20 us per call, against 2 us of F.linear)."""
     products = x.numel() * weight.shape[0]
     if x.dtype == torch.float32:
         return products >= 1 << 24

@@ -37,7 +37,7 @@ def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm
     """Return the weight and bias of a branch's last Linear layer, multiplied by layer scale if ``norm`` is "pre".
 
     Because layer scale multiplies the weight instead of the branch, its gradient needs no additional saved tensor. With
-    "post" the norm follows the Linear layer, so layer scale cannot be applied here.
+    "post" the norm follows the Linear layer, so :func:`finish` applies layer scale to the norm instead.
     """
     if layer_scale is None or norm == "post":
         return weight, bias
@@ -57,7 +57,7 @@ def finish(
     residual: bool,
     backend: str,
 ) -> Tensor:
-    """Run the end of a half: its last Linear layer, with "post" the norm, and the residual connection.
+    """Run the end of a half: its last Linear layer, the norm if ``norm`` is "post", and the residual connection.
 
     ``last(residual)`` runs the Linear layer and adds ``residual`` unless that is None.
     """

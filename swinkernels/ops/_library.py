@@ -34,7 +34,7 @@ _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype in which autocast multiplies x, or None if autocast is off or x is float64."""
+    """Return autocast's dtype for matrix products of ``x``, or None if autocast is off or ``x`` is float64."""
     kind = x.device.type
     if x.dtype == torch.float64 or kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return None
@@ -52,7 +52,7 @@ def norm_dtype(x: Tensor) -> torch.dtype:
 
 
 def three(values: Sequence, leading) -> list:
-    """Pad ``values``, one per axis, to three axes: ``leading`` comes first."""
+    """Pad ``values``, one per axis, to three values with ``leading`` in front."""
     return [leading] * (3 - len(values)) + list(values)
 
 
@@ -69,7 +69,7 @@ def constant_when_compiled(function: Function) -> Function:
 
 
 def is_untraced(tensors: Sequence[Any]) -> bool:
-    """Return True if a call on these tensors (some may be None) is one that autograd in eager PyTorch can record.
+    """Return True if autograd in eager PyTorch can record a call on ``tensors``, some of which may be None.
 
     The result is False under a compiler or exporter, a functorch or forward-mode transform or fake tensors, and for
     tensor subclasses and any other kind of argument. Modes of torch.utils._python_dispatch that run the ops, such as
@@ -89,7 +89,7 @@ def is_untraced(tensors: Sequence[Any]) -> bool:
 
 
 def is_plain(tensors: Sequence[Any]) -> bool:
-    """Return True if eager PyTorch alone handles a call: :func:`is_untraced`, and no mode intercepts ops."""
+    """Return True if :func:`is_untraced` returns True for ``tensors`` and no dispatch mode intercepts the ops."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -109,7 +109,7 @@ Value = TypeVar("Value")
 class Found:
     """Thread-safe cache of decisions about calls, keyed by :func:`call_key`; when full, it drops the oldest entry.
 
-    Two threads may compute the same entry; they get equal values.
+    If two threads compute the same entry, the values are equal.
     """
 
     def __init__(self, most: int = 1024) -> None:
@@ -165,7 +165,7 @@ def looked_up(
     find: Callable[[], Value],
     dtype: torch.dtype | None = None,
 ) -> Value:
-    """Return the cached result of ``find`` for a call like this one, or call ``find`` and cache its result."""
+    """Return the cached result of ``find`` for a call with the same key, or call ``find`` and cache its result."""
     key = call_key(tensors, options, dtype) if is_plain(tensors) else None
     if key is None:  # a compiler must not read the cache, whose contents would become guards
         return find()
@@ -177,7 +177,7 @@ def looked_up(
 
 
 def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
-    """Raise NotImplementedError for forward-mode tangents, which torch.library drops silently if gradients are off."""
+    """Raise NotImplementedError for forward-mode tangents, which torch.library silently drops if gradients are off."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs if isinstance(x, Tensor)):

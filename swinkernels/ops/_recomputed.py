@@ -37,8 +37,8 @@ def norm_linear(
     """Return s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
 
     ``weight`` may be a sequence of weights whose rows are concatenated; the concatenation is not saved either. The
-    norm's result and the branch have the dtype of the weight, and ``backend`` must support that norm. With ``gelu``,
-    "none" or "tanh", GELU follows and nothing is recomputed: this is for calls without gradients.
+    norm's result and the branch have the dtype of the weight, and ``backend`` must support that norm. If ``gelu`` is
+    "none" or "tanh", GELU with that approximation follows and nothing is recomputed: for calls without gradients.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     tensors = (x, branch, branch_scale, norm_weight, norm_bias, bias, *weights)
@@ -91,7 +91,7 @@ def _run(
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context that disables autocast: it was off in the forward pass, or has already cast the tensors."""
+    """Return a context manager that disables autocast, which was off in the forward pass or has cast the tensors."""
     is_on = torch._C._is_any_autocast_enabled()
     return torch.autocast(x.device.type, enabled=False) if is_on else _AS_IT_IS
 

@@ -71,7 +71,7 @@ def attention_half(
         norm: "pre" (v1) or "post" (v2).
         residual: False omits ``x +``, but not the norm.
         drop_path_scale: d, (B,): 0 for a sample whose branch is dropped, else 1 / (1 - p). None for 1.
-        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. With "pre" it multiplies the
+        layer_scale: gamma, (C,), a factor for each channel of the branch, or None for 1. With "pre" it multiplies the
             weight and bias of proj, which are then cast to the dtype of the matrix product.
         backend: backend of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm; if it
             has no norm, the norm uses "auto". torch computes the matrix products, except with "reference".

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from swinkernels.ops._arguments import frame_size
 from swinkernels.ops._library import Found, is_plain, is_untraced, linear
 
-# torch's kernels put batch and heads on an axis of the GPU's grid that has at most this many blocks.
+# torch's attention kernels map batch * heads to an axis of the CUDA grid, which has at most this many blocks.
 _MOST_HEADS = 65535
 
 
@@ -63,7 +63,7 @@ def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], gr
 
 
 class _Permute(torch.autograd.Function):
-    """Permutes axis 1 of x. The backward pass gathers, too; that of index_select adds row by row on a CPU."""
+    """Permutes axis 1 of x. The backward pass is a gather, too; that of index_select adds row by row on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class _Frame:
         self.is_padded = any(p != s for p, s in zip(self.frame, self.size, strict=True))
         self.axes = [1 + i for i, s in enumerate(shift) if s]
         self.steps = [s for s in shift if s]
-        # Without pad tokens pad_order makes no difference.
+        # Without pad tokens, pad_order makes no difference.
         self.rolls_first = pad_order == "roll_then_pad" and self.is_padded and bool(self.axes)
 
     def _padded(self, x: Tensor, pads: Sequence[tuple[int, int]], pad: Tensor | None) -> Tensor:
@@ -283,7 +283,7 @@ def cosine_factors(q: Tensor, k: Tensor, logit_scale: Tensor, wide: torch.dtype)
 def with_axis_tables(
     q: Tensor, k: Tensor, axis_tables: Sequence[Tensor], window: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Extend q and k to (..., N, head_dim + sum(window)), so that their products include the decomposed positions.
+    """Extend q and k to (..., N, head_dim + sum(window)), so that q k^T includes the terms of ``axis_tables``.
 
     A query's product with a table row depends on only one coordinate of the key. q is extended by these products, one
     for every coordinate of every axis, and k by a one-hot vector of its coordinate on every axis. No (N, N) bias is
@@ -306,7 +306,7 @@ def with_axis_tables(
 
 
 def scores_of(q: Tensor, k: Tensor, addend: Tensor | None, factor: float | Tensor) -> Tensor:
-    """Return factor q k^T + addend for windows (B, num_windows, heads, N or M, head_dim)."""
+    """Return factor * q k^T + addend for windows (B, num_windows, heads, N or M, head_dim)."""
     if q.dtype == torch.float16:  # the scores would overflow
         q, k = q.float(), k.float()
     scores = (q @ k.transpose(-2, -1)) * factor if isinstance(factor, Tensor) else (q * factor) @ k.transpose(-2, -1)
@@ -327,7 +327,7 @@ def _attend(
     wide: torch.dtype,
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return softmax(factor q k^T + addend) v and, if requested, the attention weights.
+    """Return softmax(factor * q k^T + addend) v and, if requested, the attention weights.
 
     q, k and v are windows (B, num_windows, heads, N or M, head_dim); v may have shorter rows than q and k.
     """
@@ -348,8 +348,8 @@ def _attend(
             mask = mask[None]
         if q.shape[-1] > head_dim:  # torch's fast kernels require rows of equal length
             v = F.pad(v, (0, q.shape[-1] - head_dim))
-        # q, k, v and the mask get four axes. Windows are merged with the batch, which copies nothing, or with the heads
-        # if there are several images and the mask differs between windows.
+        # q, k, v and the mask need four axes. The windows are merged with the batch, which copies nothing, or with the
+        # heads if there are several images and the mask differs between windows.
         if mask is None or mask.shape[0] == 1 or batch == 1:
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
@@ -418,7 +418,7 @@ def _split(
 
 
 def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
-    """Run the op on checked arguments: qkv is (B, *S, 3, num_heads, head_dim), per-axis options are tuples."""
+    """Run the op on checked arguments: qkv is (B, *S, 3, num_heads, head_dim); per-axis options are tuples."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if key_window != frame.window or not frame.gathers:
@@ -431,7 +431,7 @@ def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **ar
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
-    """Run the op on checked arguments: q, k and v are (B, *S, num_heads, head_dim), per-axis options are tuples."""
+    """Run the op on checked arguments: q, k and v are (B, *S, num_heads, head_dim); per-axis options are tuples."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return _split(frame, key_window, (q, k, v), pad)
@@ -458,7 +458,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: fl
     """Run torch's norm, computed in the widest of the dtypes and rounded once."""
     wide, weight, bias = widest(x, weight, bias, dtype)
     x = x if x.dtype == wide else x.to(wide)
-    if weight is None and bias is not None:  # torch 2.14's second derivative of this form is wrong or raises
+    if weight is None and bias is not None:  # with only a bias, torch 2.14's second derivative is wrong or raises
         z = F.layer_norm(x, x.shape[-1:], None, None, eps) + bias
     else:
         z = F.layer_norm(x, x.shape[-1:], weight, bias, eps)

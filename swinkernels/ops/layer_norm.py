@@ -1,7 +1,7 @@
 """Layer normalisation, alone or with patch expanding's rearrangement: op schemas, autograd and the public function.
 
-The fast backend is the ops ``layer_norm_fwd`` and ``layer_norm_bwd`` of ``torch.ops.swinkernels``, with CUDA kernels.
-With a ``factor`` they read each token's parts in place and write them to their final positions.
+CUDA kernels implement the ops ``layer_norm_fwd`` and ``layer_norm_bwd`` of ``torch.ops.swinkernels``. With a ``factor``
+they read each token's parts in place and write them to their final positions.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _fwd = register("layer_norm_fwd", _fake_fwd, _setup_context, _backward)
 def norm_and_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norm of x, its mean and rstd, computed with backend "cuda" or "torch" and without autograd."""
+    """Return LayerNorm(x) and the mean and rstd of x, computed with ``backend`` "cuda" or "torch", without autograd."""
     if backend == "torch":
         wide, weight, bias = fallback.widest(x, weight, bias, dtype)
         z, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
@@ -130,8 +130,8 @@ def layer_norm(
 
     .. math:: y = (x - mean(x)) / \sqrt{var(x) + eps} \cdot weight + bias
 
-    with the biased variance, both statistics over the C channels of a token. Under autocast, one pass turns a float32
-    residual stream into the half-precision input of a Linear (``dtype``); PyTorch needs two passes.
+    where mean and var, the biased variance, are taken over the C channels of a token. Under autocast, one pass turns a
+    float32 residual stream into the half-precision input of a Linear (``dtype``); PyTorch needs two passes.
 
     Args:
         x: (..., C), float32, float16, bfloat16, or float64 (torch and reference only).
@@ -170,7 +170,7 @@ _KNOWN = Found()
 def _choice(
     op: str, x: Tensor, factor: tuple[int, ...], dtype: torch.dtype | None, requested: str
 ) -> tuple[torch.dtype, str]:
-    """Check the dtype of the result and choose the backend; return both."""
+    """Choose the backend of the norm of ``op``; return the result's dtype and the backend."""
     row, dtypes = x.shape[-1] // math.prod(factor), (x.dtype, dtype or x.dtype)
     backend = choose(op, requested, x.device, lambda b: norm_reasons(b, "layer_norm", row, dtypes, x.device))
     return dtypes[1], backend
@@ -186,7 +186,7 @@ def normalise_parts(
     dtype: torch.dtype,
     requested: str,
 ) -> Tensor:
-    """Rearrange the parts of every token into neighbouring tokens and normalise each, with checked arguments."""
+    """Rearrange the parts of every token into neighbouring tokens and normalise each, given checked arguments."""
     return run_norm(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
 
 
@@ -199,7 +199,7 @@ def run_norm(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """Run the norm with checked arguments on ``backend``, which must support it."""
+    """Run the norm, given checked arguments, on ``backend``, which must support it."""
     if backend == "torch":
         if factor:
             return fallback.normalise_parts(x, weight, bias, factor, eps=eps, dtype=dtype)

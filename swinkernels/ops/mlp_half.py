@@ -60,7 +60,7 @@ def mlp_half(
         approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
         residual: False omits ``x +``, but not the norm.
         drop_path_scale: d, (B,): 0 for a sample whose branch is dropped, else 1 / (1 - p). None for 1.
-        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. With "pre" it multiplies the
+        layer_scale: gamma, (C,), a factor for each channel of the branch, or None for 1. With "pre" it multiplies the
             weight and bias of fc2, which are then cast to the dtype of the matrix product.
         branch, branch_scale: the previous half's branch, of the shape of x, and its drop_path_scale, (B,) or None:
             x + branch_scale * branch replaces x above. The sum and the norm take one pass if norm is "pre", branch
@@ -121,8 +121,8 @@ def mlp_half(
         return number, choose(op, backend, x.device, reasons)
 
     dtype = linear_dtype(x)
-    # The kernel that adds the branch and normalises the sum accepts only this dtype and computes no gradient for
-    # branch_scale.
+    # The kernel that adds the branch and normalises the sum requires a branch of this dtype and computes no gradient
+    # for branch_scale.
     learns_scale = getattr(branch_scale, "requires_grad", False)
     is_summed = norm == "pre" and not learns_scale and getattr(branch, "dtype", None) == dtype
     tensors = (

@@ -28,7 +28,7 @@ def patch_expanding(
     .. math:: y_{b, i \cdot f + o} = LayerNorm((W x_{b, i})_{o})
 
     where W x is divided into f_1 f_2 ... parts of contiguous channels, in row-major order of their offset o.
-    Rearranging and normalising take one read and one write; the Linear is torch's.
+    The rearrangement and the norm together read and write the map once; the Linear is torch's.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
@@ -40,7 +40,7 @@ def patch_expanding(
         backend: "auto", "cuda", "torch" or "reference", for the rearrangement and the norm.
 
     Returns:
-        (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, as torch's LayerNorm on a
+        (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, like torch's LayerNorm on a
         GPU. An empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's
         dtype; twice with backend="torch" or "reference".
 

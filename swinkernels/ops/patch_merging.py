@@ -1,8 +1,7 @@
 """Patch merging: schema, fake kernel, autograd formula and the public function.
 
-Gathering the neighbours and normalising them are one op, ``patch_merging_norm_fwd`` and ``_bwd`` of
-``torch.ops.swinkernels``, with CUDA kernels and, with the suffix ``_triton``, Triton kernels; the reduction is torch's
-Linear.
+One op gathers the neighbours and normalises them: ``patch_merging_norm_fwd`` and ``_bwd`` of ``torch.ops.swinkernels``,
+with CUDA kernels and, under the suffix ``_triton``, Triton kernels. The reduction is torch's Linear.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _NORMS = ("pre", "post")
 
 
 def merged_size(size: Sequence[int], factor: Sequence[int]) -> list[int]:
-    """Return S', the tokens per axis after merging; of ``factor``, the last ``len(size)`` values apply."""
+    """Return S', the tokens per axis after merging by the last ``len(size)`` values of ``factor``."""
     return [-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True)]
 
 
@@ -104,8 +103,8 @@ def _by_neighbour(x: Tensor, count: int) -> Tensor:
 def _row_major_columns(weight: Tensor, numbers: Sequence[int]) -> Tensor:
     """Reorder the columns of the reduction's weight into row-major order of the neighbours.
 
-    ``weight`` has one block of columns per neighbour, in the order given by ``numbers``. A neighbour that occurs twice
-    in ``numbers`` gets the sum of its columns, and a neighbour that does not occur gets zeros.
+    ``weight`` has one block of columns per neighbour, in the order given by ``numbers``. The blocks of a neighbour
+    that occurs twice in ``numbers`` are summed, and the block of a neighbour that does not occur is zero.
     """
     columns = weight.unflatten(-1, (len(numbers), -1)).unbind(-2)
     runs = [[c for c, number in zip(columns, numbers, strict=True) if number == i] for i in range(len(numbers))]
@@ -130,9 +129,9 @@ def patch_merging(
 
         y = LayerNorm(W \cdot concat(x_{2i + o})) \quad \text{(post, v2)}
 
-    over the offsets o in {0, 1} per merged axis. An odd size is padded with zeros at its end *before* the norm, so the
-    zeros enter its statistics. Gather and norm ("pre"), or the gather ("post"), take one read and one write; the Linear
-    is torch's.
+    over the offsets o in {0, 1} per merged axis. A merged axis of odd size is padded with zeros at its end *before* the
+    norm, so the zeros enter the norm's statistics. The gather, together with the norm ("pre") or alone ("post"), reads
+    and writes the map once; the Linear is torch's.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
@@ -147,8 +146,10 @@ def patch_merging(
             "row_major": by neighbour, the last axis fastest: (0,0), (0,1), (1,0), (1,1). Aurora, Pangu-Weather, MONAI's
             PatchMergingV2 in 3D.
             "unfold": by channel, then neighbours row-major, as torch.nn.Unfold. mmcv and mmpretrain.
-            "monai": MONAI's PatchMerging since 1.5; for K = 8 000, 100, 010, 001, 110, 101, 011, 111, else "swin".
-            "monai_legacy": MONAI's up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
+            "monai": MONAI's PatchMerging since 1.5. For K = 4 as "swin"; for K = 8 the offsets are 000, 100, 010, 001,
+            110, 101, 011, 111.
+            "monai_legacy": MONAI's PatchMerging up to 1.4. For K = 4 as "swin"; for K = 8 the offsets are 000, 100,
+            010, 001, 101, 010, 001, 111.
         norm: "pre" (v1) or "post" (v2).
         backend: "auto", "cuda", "triton", "torch" or "reference". "auto" picks the fastest usable one. With
             "triton" and norm="post", torch computes the norm, which has no Triton kernel.

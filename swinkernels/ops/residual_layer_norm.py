@@ -1,7 +1,7 @@
 """A residual connection and the norm next to it in one pass: schemas, fake kernels, autograd and public functions.
 
-The fast backend is ``residual_layer_norm_fwd`` and ``_bwd`` (v1: the norm after the sum) and ``residual_post_norm_fwd``
-and ``_bwd`` (v2: the norm before it) of ``torch.ops.swinkernels``, with CUDA kernels.
+CUDA kernels implement the ops ``residual_layer_norm_fwd`` and ``_bwd`` (v1: the norm follows the sum) and
+``residual_post_norm_fwd`` and ``_bwd`` (v2: the norm precedes the sum) of ``torch.ops.swinkernels``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from swinkernels.ops.layer_norm import norm_gradients
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
 define(f"residual_layer_norm_fwd({_BRANCH}) -> (Tensor s, Tensor z, Tensor mean, Tensor rstd)")
-# dy is empty if it equals dx, that is, if x and y have one dtype and drop_path_scale is None.
+# dy is empty if it equals dx, that is, if x and y have the same dtype and drop_path_scale is None.
 define(
     f"residual_layer_norm_bwd(Tensor ds, Tensor dz, Tensor s, {_SAVED}) -> "
     "(Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)"
@@ -98,9 +98,9 @@ def residual_norm_gradients(
     needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of x and y and, if needed, of weight and bias, without autograd.
+    """Compute the gradients of residual_layer_norm's x, y and, if needed, weight and bias, without autograd.
 
-    y has the dtype of dz. ``backend`` is "cuda" or "torch"; ``ds`` may be None for zeros.
+    y has the dtype of ``dz``. ``backend`` is "cuda" or "torch"; ``ds`` may be None for zeros.
     """
     if backend == "torch":
         dx, *of_norm = norm_gradients(dz, s, weight, bias, mean, rstd, (True, *needed), backend)
@@ -190,7 +190,10 @@ def run_residual(
     drop_path_scale: Tensor | None,
     chosen: str,
 ) -> Any:
-    """Run ``op``, one of the two ops, with checked arguments on the backend ``chosen``, which must support it."""
+    """Run ``op``, "residual_layer_norm" or "residual_post_norm", on the backend ``chosen``, which must support it.
+
+    The arguments must have been checked.
+    """
     if chosen in PLAIN:
         plain = getattr(fallback if chosen == "torch" else reference, op)
         return plain(x, y, weight, bias, eps=eps, drop_path_scale=drop_path_scale)
@@ -226,7 +229,7 @@ def residual_layer_norm(
         s in the dtype of x, and z in the dtype of y, which the next branch reads; z is the norm of the returned,
         rounded s. Each is (B, ..., C) and contiguous. An empty batch gives empty results. Differentiable in x, y,
         weight and bias, each gradient in its tensor's dtype; the same input gives the same bits. With backend="torch"
-        or "reference" also differentiable in drop_path_scale, and twice; "auto" chooses "torch" if
+        or "reference" also differentiable in drop_path_scale, and twice differentiable; "auto" chooses "torch" if
         drop_path_scale requires a gradient.
 
     Raises:

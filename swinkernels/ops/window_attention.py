@@ -36,8 +36,8 @@ from swinkernels.ops._library import (
 )
 from swinkernels.window_spec import WindowSpec
 
-# All are float32 except pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device).
-# bias is dense or, if the spec says so, the concatenated axis_tables.
+# The op's tables are float32 except pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the
+# map's device). bias is dense or, if the spec has axis_tables, their concatenation.
 _TABLES = (
     "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, Tensor? dropout_seed"
 )
@@ -52,7 +52,7 @@ _UNKNOWN = (1.0, 0.0, 0.0)  # stands for the spec's numbers, which are not used 
 
 
 def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
-    """Define the forward and backward op of one form, register the derivative and return the forward's callable."""
+    """Define the forward and backward ops of form ``name`` and their derivatives; return the forward's callable."""
     n = len(maps)
     inputs = ", ".join(f"Tensor {m}" for m in maps)
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
@@ -138,13 +138,13 @@ def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, .
 _FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 
 
-@constant_when_compiled  # as for torch's own matmul in compiled code
+@constant_when_compiled  # as the switch is for torch's own matmul in compiled code
 def _tf32_switch() -> bool:
     """Return True if torch allows TF32 products on CUDA, whichever of its switches was set."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# The tensor arguments of the public functions, in the order in which they are passed on.
+# The tensor arguments of the public functions, in the order in which :func:`_attend` takes them.
 _TENSORS = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
 
 
@@ -166,7 +166,7 @@ _MOST_AXIS_COLUMNS = 256
 def _axis_tables_reasons(
     backend: str, spec: WindowSpec, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> list[str]:
-    """List the reasons why a backend cannot run a call because of its axis_tables."""
+    """List the reasons why a backend cannot compute the axis_tables of a call."""
     reasons = []
     if backend == "triton" and sum(spec.window_size) > _MOST_AXIS_COLUMNS:
         reasons.append(
@@ -201,7 +201,7 @@ def window_attention_reasons(
     device: torch.device,
     return_attention: bool = False,
 ) -> list[str]:
-    """List the reasons why a backend cannot run a call."""
+    """List the reasons why a backend cannot run a call of window attention."""
     if backend in PLAIN:
         return []
     reasons = _backends._reasons(backend, "window_attention", device) + _backends._dtype_reasons(backend, dtype)
@@ -217,7 +217,9 @@ def window_attention_reasons(
 
 
 class _Plan(NamedTuple):
-    """Everything decided from tensor metadata (shape, dtype, device), never from values; safe to cache."""
+    """The decisions about a call. They can be cached, because they depend only on its options and on tensor metadata
+    (shape, dtype, device), never on tensor values.
+    """
 
     backend: str
     dtype: torch.dtype  # dtype of the maps passed to the op
@@ -247,7 +249,7 @@ def _make_plan(
     return_attention: Any,
     plain: bool,
 ) -> _Plan:
-    """Check every argument and choose the backend."""
+    """Check every argument, choose the backend and return the plan."""
     x = maps[0]
     num_heads = _arguments.check_count(form, "num_heads", num_heads)
     if form == "window_attention_qkvpacked":
@@ -327,7 +329,7 @@ def _attend(
     return_attention: Any,
     options: dict[str, Any],
 ) -> Any:
-    """Run the op ``form``: ``tables`` has the values of _TENSORS, and ``options`` defines the :class:`WindowSpec`."""
+    """Run the op ``form`` with the tensors ``tables``, named by _TENSORS, and the ``options`` of its WindowSpec."""
     tensors = maps + tables
     if axis_tables is not None:
         axis_tables = _arguments.axis_tables_of(form, axis_tables)
@@ -410,7 +412,7 @@ def window_attention_qkvpacked(
 
     with the cosine of q_i and k_j times ``exp(min(logit_scale, ln 100))`` in place of the scaled product if
     ``logit_scale`` is given. ``mask`` is ``mask_value`` where the shift brought tokens of different parts of the map
-    into one window, else 0. Softmax and sums are computed in float32, or in float64 for float64.
+    into one window, else 0. Softmax and sums are computed in float32, or in float64 for float64 maps.
 
     Args:
         qkv: (B, \*S, 3C) or (B, \*S, 3, num_heads, head_dim), S = (H, W) or (D, H, W), in image order, any strides;
@@ -433,13 +435,13 @@ def window_attention_qkvpacked(
             that pad its input with zeros. Zero by default. Pad tokens are attended to.
         pad_order: order of padding and shift if S is not a multiple of the window: "pad_then_roll" (Microsoft,
             torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
-        pad_before: pad tokens before the data, per axis; the rest follow it.
+        pad_before: pad tokens before the data, per axis; the other pad tokens follow the data.
         periodic: per axis, True if the map wraps around (longitude), so that the shift needs no mask on that axis. A
             shifted periodic axis must consist of whole windows with "pad_then_roll", which would pad between its last
             token and its first.
         region_map: int32 or narrower, with the padded map's shape; replaces the shift's regions. Tokens with different
             values are masked from each other.
-        mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row never
+        mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. No row
             becomes NaN, because every token shares a region with itself.
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
         grid: True for windows of tokens at equal distances across the map, instead of adjacent tokens (MaxViT);
@@ -459,7 +461,7 @@ def window_attention_qkvpacked(
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" picks the fastest usable
             one: a kernel, else PyTorch's own code ("torch"), never the slow reference.
         return_attention: also return the attention weights. Only "torch" and "reference" support it: the kernels never
-            store all weights.
+            store all of them.
 
     Returns:
         (B, \*S, C) in the dtype of qkv, contiguous. An empty batch gives an empty result. Differentiable in qkv,

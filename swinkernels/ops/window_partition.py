@@ -78,7 +78,7 @@ def _check_count(op: str, batch: int, size: Sequence[int], window: Sequence[int]
 def partition(
     op: str, x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str, backend: str = "auto"
 ) -> Tensor:
-    """Run :func:`window_partition` on checked arguments for the op named ``op``; allow any shift below the frame."""
+    """Run :func:`window_partition` on checked arguments, for any shift below the frame; errors name the op ``op``."""
     return _partition(x, window, shift, pad_order, _choice(op, x, backend))
 
 
@@ -101,7 +101,7 @@ def reverse(
     pad_order: str,
     backend: str = "auto",
 ) -> Tensor:
-    """Run :func:`window_reverse` on checked arguments for the op named ``op``; allow any shift below the frame."""
+    """Run :func:`window_reverse` on checked arguments, for any shift below the frame; errors name the op ``op``."""
     return _reverse(windows, window, size, shift, pad_order, _choice(op, windows, backend))
 
 
@@ -144,7 +144,7 @@ def window_partition(
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
         NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
-    Source: ``torch.roll`` and ``window_partition`` of microsoft/Swin-Transformer, and the padding of its callers.
+    Source: ``window_partition`` of microsoft/Swin-Transformer, with the padding and ``torch.roll`` that precede it.
     """
     op = "window_partition"
 
@@ -185,7 +185,7 @@ def window_reverse(
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
         NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
-    Source: ``window_reverse`` and ``torch.roll`` of microsoft/Swin-Transformer, and the crop of its callers.
+    Source: ``window_reverse`` of microsoft/Swin-Transformer, with the ``torch.roll`` and the crop that follow it.
     """
     op = "window_reverse"
 
@@ -194,7 +194,7 @@ def window_reverse(
         window, shift = _arguments.check_window(op, window_size, shift_size, len(tokens))
         _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
         _arguments.check_windows(op, windows, tokens, window)
-        # One map is enough: the windows of the whole batch already exist as a tensor.
+        # The padded maps of a nonempty batch have as many elements as `windows`, so checking one map is enough.
         _check_count(op, 1, tokens, window, windows.shape[2])
         return window, tokens, shift, _choice(op, windows, backend)
 

@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: Function) -> Function:
-    """Return ``function`` with autocast disabled, because autocast would round float32 products to half precision."""
+    """Wrap ``function`` to run with autocast disabled: autocast would round float32 products to half precision."""
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:

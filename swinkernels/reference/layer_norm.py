@@ -18,7 +18,7 @@ def layer_norm(
 
     .. math:: y = (x - mean(x)) / \sqrt{var(x) + eps} \cdot weight + bias
 
-    with the biased variance, both statistics over the C channels of a token.
+    where the mean and the biased variance are over the C channels of a token.
 
     Args:
         x: (..., C), any floating dtype.

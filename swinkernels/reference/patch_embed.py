@@ -24,12 +24,12 @@ def patch_embed(
 
     .. math:: y_{b, i} = LayerNorm(W \cdot patch_{b, i} + bias)
 
-    which is a convolution whose kernel and stride are the patch, with the channels moved last. An image that is not a
-    multiple of the patch is padded with zeros at its end.
+    which is a convolution whose kernel size and stride are the patch size, with the channels moved last. An image whose
+    size is not a multiple of the patch size is padded with zeros at its end.
 
     Args:
         x: (B, C_in, \*I), I = (H, W) or (D, H, W), channels first, any floating dtype.
-        weight: (C, C_in, \*patch), as for a convolution; its shape gives the patch.
+        weight: (C, C_in, \*patch), as for a convolution; its shape gives the patch size.
         bias: (C,) or None.
         norm_weight, norm_bias: (C,), or both None for no norm.
         eps: added to the variance of the norm.

@@ -32,7 +32,7 @@ def patch_expanding(
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any floating dtype.
         weight: (K * out, C), K the product of the factors: K * out = 2C with factor 2 in Swin-Unet's ``PatchExpand``
-            (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None for no Linear.
+            (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None for no linear layer.
         norm_weight, norm_bias: (out,), or None for 1 and 0.
         factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) keeps a 3D map's depth.
         eps: added to the variance of the norm.

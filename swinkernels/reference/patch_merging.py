@@ -61,8 +61,10 @@ def patch_merging(
             "row_major": by neighbour, the last axis fastest: (0,0), (0,1), (1,0), (1,1). Aurora, Pangu-Weather, MONAI's
             PatchMergingV2 in 3D.
             "unfold": by channel, then neighbours row-major, as torch.nn.Unfold. mmcv and mmpretrain.
-            "monai": MONAI's PatchMerging since 1.5; for K = 8 000, 100, 010, 001, 110, 101, 011, 111, else "swin".
-            "monai_legacy": MONAI's up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
+            "monai": MONAI's PatchMerging since 1.5. For K = 4 as "swin"; for K = 8 the offsets are 000, 100, 010, 001,
+            110, 101, 011, 111.
+            "monai_legacy": MONAI's PatchMerging up to 1.4. For K = 4 as "swin"; for K = 8 the offsets are 000, 100,
+            010, 001, 101, 010, 001, 111.
         norm: "pre" (v1) or "post" (v2).
 
     Returns:

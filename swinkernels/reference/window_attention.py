@@ -1,7 +1,7 @@
 """Window attention in plain PyTorch: every step is written out, and none is optimised.
 
-The functions take any floating dtype, compute in float64 if the inputs are float64, and autograd can differentiate them
-twice. They share no code with the fast paths, which are tested against them.
+The functions take any floating dtype, compute in float64 if the inputs are float64, and can be differentiated twice by
+autograd. They share no code with the fast paths, which are tested against them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def key_window_index(window: Sequence[int], key_window: Sequence[int], device=No
 
 
 def axis_scores(q: Tensor, axis_tables: Sequence[Tensor], window: Sequence[int]) -> Tensor:
-    """Return the sum over axes of q_i . table[offset of i from j], (..., N, N), for ``q`` (..., N, head_dim)."""
+    """Return the sum over axes a of q_i . axis_tables[a][i_a - j_a + window_a - 1], (..., N, N).
+
+    ``q`` is (..., N, head_dim).
+    """
     token = torch.arange(math.prod(window), device=q.device)
     scores: Any = 0
     for axis, (table, w) in enumerate(zip(axis_tables, window, strict=True)):
@@ -103,7 +106,7 @@ def window_attention(
     .. math:: out_i = \sum_j softmax_j(scale \cdot q_i \cdot k_j + bias_{r(i,j)} + mask_{ij}) \, v_j
 
     If ``logit_scale`` is given, the scaled product is replaced by ``exp(min(logit_scale, ln 100))`` times the cosine of
-    q_i and k_j, each divided by max(norm, 1e-12). With ``axis_tables`` the bias is the sum over axes a of
+    q_i and k_j, whose norms are clamped to at least 1e-12. With ``axis_tables`` the bias is the sum over axes a of
     q_i . axis_tables[a][i_a - j_a + window_a - 1], with q unscaled. ``mask_ij`` is ``mask_value`` where the shift
     regions of the two tokens differ, else 0. Pad tokens are keys like any other; their rows of the output are dropped.
 
@@ -123,7 +126,7 @@ def window_attention(
         rounds its products.) An empty batch gives an empty result.
         The gradient of ``logit_scale`` is zero above ln 100 but, as with torch.clamp, not at ln 100 itself. A pad token
         whose k is zero has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of the
-        order of 1e12. In a model without a bias of k, this gradient reaches no parameter.
+        order of 1e12. In a model without a key bias, this gradient reaches no parameter.
 
     Raises:
         ValueError: an invalid geometry, or tables whose shape does not match it.
@@ -198,7 +201,7 @@ def window_attention(
             rows = rows.permute(2, 0, 1)
         scores = scores + rows.to(wide)
     if bias is not None:
-        if bias.dim() == 4:  # (window types, heads, N, N): consecutive windows share a type
+        if bias.dim() == 4:  # (window types, heads, N, N); a type applies to a run of consecutive windows
             bias = bias.repeat_interleave(num_windows // bias.shape[0], dim=0)
         scores = scores + bias.to(wide)
     if axis_tables is not None:

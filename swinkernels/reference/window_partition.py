@@ -32,7 +32,7 @@ def window_partition(x: Tensor, window_size: Ints, shift_size: Ints = 0, *, pad_
     Raises:
         ValueError: an invalid geometry.
 
-    Source: ``window_partition`` of microsoft/Swin-Transformer after the roll and the pad of its callers.
+    Source: ``window_partition`` of microsoft/Swin-Transformer, with the padding and ``torch.roll`` that precede it.
     """
     op = "window_partition"
     if x.dim() not in (4, 5):
@@ -70,7 +70,7 @@ def window_reverse(
     Raises:
         ValueError: an invalid geometry, or windows of a shape that does not match it.
 
-    Source: ``window_reverse`` of microsoft/Swin-Transformer before the crop and the roll of its callers.
+    Source: ``window_reverse`` of microsoft/Swin-Transformer, with the ``torch.roll`` and the crop that follow it.
     """
     op = "window_reverse"
     size = tuple(size)
@@ -87,5 +87,5 @@ def window_reverse(
     batch, channels = windows.shape[0] // num_windows, windows.shape[2]
     flat = index.reshape(-1)
     position = torch.empty(math.prod(size) + 1, dtype=torch.long, device=windows.device)
-    position[flat] = torch.arange(flat.numel(), device=windows.device)  # the last entry is for a pad token
+    position[flat] = torch.arange(flat.numel(), device=windows.device)  # the last entry is unused
     return windows.reshape(batch, num_windows * n, channels)[:, position[:-1]].reshape(batch, *size, channels)

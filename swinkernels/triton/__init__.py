@@ -28,9 +28,9 @@ def _launcher(name: str) -> ModuleType:
 
 
 def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any:
-    """Run ``launch`` while a CUDA graph is being captured; raise RuntimeError if Triton would have to compile a kernel.
+    """Call ``launch`` during a CUDA graph capture; raise RuntimeError if Triton would have to compile a kernel.
 
-    Compiling loads the new kernel into the GPU's memory, which CUDA forbids during a capture.
+    A newly compiled kernel is loaded into the GPU's memory, which CUDA forbids during a capture.
     """
     from triton import knobs
 

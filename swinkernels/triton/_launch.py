@@ -10,12 +10,12 @@ from torch import Tensor
 
 INT32_MAX = 2**31 - 1
 # Launch options of all kernels with arithmetic: products and sums are contracted to fused multiply-adds, as by nvcc.
-# The option is set explicitly because Triton 3.9 announces a change of its default.
+# The option is set explicitly because Triton 3.9 announces a change of the default.
 ARITHMETIC = {"enable_fp_fusion": True}
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """Return x, or a copy if its last axis is not contiguous. The kernels accept any strides for the other axes."""
+    """Return ``x``, or a copy if its last axis is not contiguous; the kernels accept any strides of the other axes."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -24,7 +24,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def pad_to_3d(values: Sequence[int], leading: int) -> tuple[int, ...]:
-    """Return one value for each of three axes: ``values``, in 2D preceded by ``leading``."""
+    """Return three values, one per axis: ``values``, preceded by ``leading`` if the map is 2D."""
     return (leading,) * (3 - len(values)) + tuple(values)
 
 

@@ -1,12 +1,12 @@
 """The Triton kernel of an MLP half: norm, both products with GELU between them, and residual connection, in one pass.
 
 Maths     pre:  y = s + fc2(gelu(fc1(norm(s)))), post: y = s + norm(fc2(gelu(fc1(s)))), with s = x + branch.
-          The statistics, from two passes over registers, GELU and the sums of both products are float32. The left
-          operands of both products are rounded to the weights' dtype, and the result once, to the dtype of x.
-Tiling    a program has ROWS tokens with all of their C channels. A tile's width must be a power of two, which C is not,
-          so each token is split into WIDE and C - WIDE channels. A program computes CHUNK hidden channels per step: fc1
-          sums over both parts, and the result of GELU, in registers, is the left operand of fc2. Hopper's matrix units
-          process 64 tokens with four warps at once.
+          The statistics (two passes over registers), GELU and the sums of both products are float32. The left operands
+          of both products are rounded to the weights' dtype; the result is rounded once, to the dtype of x.
+Tiling    a program processes ROWS tokens with all C channels. A tile's width must be a power of two, and C is not, so
+          each token is split into WIDE and C - WIDE channels. A program computes CHUNK hidden channels per step: fc1
+          sums over both parts, and the result of GELU, in registers, is the left operand of fc2. On Hopper, four warps
+          together execute each tensor core instruction, for 64 tokens.
 Traffic   x and branch are read once from memory, and a second time, for the residual connection, from the L2 cache,
           because keeping them would take as many registers as the left operand of fc1. y is written once. Each program
           reads both weights once, from the L2 cache.
@@ -21,22 +21,22 @@ import triton
 import triton.language as tl
 
 # Coefficients, lowest power first, of a polynomial p(t) that approximates log2 of the standard normal CDF at -t. Up to
-# t = 5.25, exp2(p) has a relative error of at most 1.4e-4. Beyond, p falls to minus infinity, and t exp2(p) has an
-# absolute error of at most 3e-10.
+# t = 5.25, exp2(p) has a relative error of at most 1.4e-4. For larger t, p falls to minus infinity, and t exp2(p) has
+# an absolute error of at most 3e-10.
 _TAIL_0 = tl.constexpr(-1.00020398)
 _TAIL_1 = tl.constexpr(-1.14807992)
 _TAIL_2 = tl.constexpr(-0.466375237)
 _TAIL_3 = tl.constexpr(-0.0466448444)
 _TAIL_4 = tl.constexpr(0.00537467162)
 _TAIL_5 = tl.constexpr(-0.000275963182)
-_TAIL_END = tl.constexpr(20.0)  # exp2(p) is zero here; infinity times zero would be NaN
+_TAIL_END = tl.constexpr(20.0)  # upper limit of t: exp2(p) is zero there, and infinity times zero would be NaN
 _TANH_SLOPE = tl.constexpr(-2.302208198)  # -2 log2(e) sqrt(2 / pi)
 _TANH_CUBE = tl.constexpr(-2.302208198 * 0.044715)
 
 
 @triton.jit
 def gelu(x, FORM: tl.constexpr):
-    """Return GELU of ``x``, float32; FORM is "erf" (exact), "tail" (for 16-bit results) or "tanh" (as in torch)."""
+    """Return GELU of ``x`` in float32; FORM is "erf" (exact), "tail" (for 16-bit results) or "tanh" (as in torch)."""
     if FORM == "erf":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif FORM == "tail":

@@ -18,9 +18,9 @@ Traffic   forward reads x and writes z, backward reads x and dz and writes dx, e
           writes its share of dweight and dbias.
 Roofline  memory bound. B=128, 56x56, C=96, bf16: forward 154 MB, 46 us, backward 231 MB, 69 us at 3.35 TB/s (H100 SXM,
           published peak).
-Limits    L of at most 8192, at most 2^30 merged tokens in a call, no neighbour more than twice.
+Limits    L of at most 8192, at most 2^30 merged tokens in a call, no neighbour in more than two runs.
 
-VEC is the number of elements that a lane writes at a time, 16 bytes. max_contiguous limits reads to the same width:
+VEC is the number of elements in each 16-byte write of a lane. max_contiguous limits reads to VEC elements:
 otherwise, if half precision is read and float32 written, Triton lets a lane read 16 bytes at a time,
 and exchanges the tile between lanes. The map's strides are (batch, axis 0, axis 1, axis 2) in units of ALIGN elements,
 which tells the compiler the alignment of addresses. A merged token is a window of FACTOR tokens. Tables with four bits
@@ -52,7 +52,7 @@ def _entry(table: tl.constexpr, i):
 
 @triton.jit
 def _offsets(neighbour, FACTOR: tl.constexpr):
-    """Return the offset on each axis of a neighbour, given its row-major index."""
+    """Return the offset of ``neighbour``, a row-major index, on each axis."""
     return neighbour // (FACTOR[1] * FACTOR[2]), neighbour // FACTOR[2] % FACTOR[1], neighbour % FACTOR[2]
 
 
@@ -208,7 +208,7 @@ def _load_dz(
 def _store_share(
     share, tile, RUNS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """Store the sums over a tile's merged tokens, at the columns of the runs."""
+    """Sum ``tile`` over its merged tokens and store the result in ``share``, at the columns given by RUNS."""
     total = tl.sum(_by_part(tile, PARTS), axis=1)
     column = _columns(PARTS, 1, tile.shape[1])
     run = _entry(RUNS, column // CHANNELS)
@@ -250,7 +250,7 @@ def bwd(
     if SECOND is not None:
         run2 = _entry(SECOND, neighbour)
         has2 = (column < LENGTH) & (run2 != _NO_RUN)
-        held = has.to(tl.float32) + has2.to(tl.float32)  # number of times that a row of u contains this element
+        held = has.to(tl.float32) + has2.to(tl.float32)  # number of runs that contain this element
     if weight is not None:
         w = _load_run(weight, run, channel, has, CHANNELS)
         if SECOND is not None:

@@ -1,6 +1,6 @@
 """Index arithmetic of all window ops: finds the tokens of shifted windows in a map, and the pad tokens.
 
-The geometry has three axes; in 2D the first has one token. ``roll`` is the shift; with ``roll_then_pad``, the shift
+The geometry has three axes; in 2D the first has length one. ``roll`` is the shift; with ``roll_then_pad``, the shift
 modulo the map's size, since a map may be smaller than the shift. ``before`` is the number of pad tokens before the
 data. On each axis the shift is below the frame, so addresses wrap around at most once.
 """
@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def coordinates(token, WINDOW: tl.constexpr):
-    """Return the window coordinates of indices ``token``; an index past the window has a first coordinate past it."""
+    """Return the window coordinates of indices ``token``; for an index past the window, the first is out of range."""
     return token // (WINDOW[1] * WINDOW[2]), token // WINDOW[2] % WINDOW[1], token % WINDOW[2]
 
 
@@ -122,6 +122,6 @@ def next_window(window, size, WINDOW: tl.constexpr):
 
 @triton.jit
 def dense_row(at, size):
-    """Return the row-major index of the token ``at``, with the fields of Place, in a contiguous (B, *S, ...) map."""
+    """Return the row-major index of the token at ``at``, a Place or Tokens, in a contiguous (B, *S, ...) map."""
     first = at.image.to(tl.int64) * size[0]
     return ((first + at.y0) * size[1] + at.y1) * size[2] + at.y2

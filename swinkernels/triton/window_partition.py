@@ -15,15 +15,15 @@ from swinkernels.triton import _window_partition_kernels as kernels
 from swinkernels.triton._launch import INT32_MAX, alignment, dense_strides, pad_to_3d, unit_stride
 
 # These values are derived, not tuned on a GPU. Four accesses per lane in blocks of two warps leave few lanes idle
-# in a window's last tile. At 64 to 80 registers per lane, 50 KB are in flight per multiprocessor, twice the amount that
-# hides the memory latency. Computing the addresses of a window costs as much as copying it once, so a program copies
-# several windows, but not so many that the last programs run alone.
+# in a window's last tile. At 64 to 80 registers per lane, 50 KB are in flight per multiprocessor, twice the amount
+# needed to hide the memory latency. Computing the addresses of a window costs as much as copying it once, so a program
+# copies several windows, but not so many that few programs are left in the last wave.
 CHUNKS = 256
 CHUNKS_PER_WARP = 128
 PROGRAMS = 8192
 MAX_WINDOWS = 4
 
-WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # integers of these sizes copy the bytes of any dtype
+WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # integer types, by size, that copy data of any dtype
 
 
 class _Geometry(NamedTuple):

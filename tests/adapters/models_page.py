@@ -1,6 +1,6 @@
 """Measures and writes docs/models.md: ``python -m tests.adapters.models_page``.
 
-The page compares every family of ``tests/support/small_models.py`` before and after accelerate, on one CPU thread.
+The page compares every family of ``tests/support/small_models.py`` before and after ``accelerate``, on one CPU thread.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def most_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def times(models: list[nn.Module], x: Tensor, repeats: int) -> list[float]:
-    """Return each model's median CPU time of a forward pass, in milliseconds; the models are called in turn."""
+    """Return each model's median CPU time of a forward pass, in milliseconds; the models take turns."""
     taken: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
         for _ in range(repeats + 3):

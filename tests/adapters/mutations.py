@@ -1,8 +1,8 @@
 """Tests random edits of accelerated models: ``python -m tests.adapters.mutations --count 10000``.
 
 A seed and a number determine a mutation: a model, one or two edits that a user could make before or after
-``accelerate``, the next step (a copy, a pickle, a second ``accelerate``, ``restore``), and how the model runs. The
-same edits are applied to the library's own model. Both models must then return the same outputs and gradients and leave
+``accelerate``, the next step (a copy, a pickle, a second ``accelerate``, ``restore``), and the backend, dtype and mode.
+The same edits are applied to the library's own model. Both models must return the same outputs and gradients and leave
 the same attributes, buffers, log and random state, or both must raise an exception. If they differ, the command that
 repeats only this mutation is printed.
 """
@@ -38,7 +38,7 @@ from swinkernels.adapters.adapter import Accelerated
 from tests.support.fused_products import always_fused
 from tests.support.small_models import FAMILIES, make_input, make_model
 
-FACTOR = 1.25  # the factor by which an edit changes a result
+FACTOR = 1.25  # the factor by which an edit multiplies a result
 # The largest difference allowed, relative to the largest element. A float64 model may have float32 constants, and
 # Segment Anything in transformers computes its softmax in float32. In a float32 model every operation rounds.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3}
@@ -269,7 +269,7 @@ def attribute_as_numpy_scalar(site: Site, name: str) -> None:
 
 
 def _factor(kind: int, value: float) -> Any:
-    """Return a setting that holds the factor ``value``, of the type with index ``kind``; _read returns the factor."""
+    """Return a setting that encodes ``value``, of the type with index ``kind``; :func:`_read` decodes it."""
     return (
         types.SimpleNamespace(factor=value), {"factor": value}, Settings(value), Mode.A if value == 1.0 else Mode.B,
         np.float64(value), torch.tensor(int(4 * value)), torch.tensor([value > 1.0]),
@@ -288,7 +288,7 @@ def _read(setting: Any) -> float:
 
 @edit(lambda module: list(range(7)))
 def settings_of_unlike_instances(site: Site, setting: int) -> None:
-    """Add a setting that forward reads to all instances of the module's class; only this module's value differs."""
+    """Give all instances of the module's class a setting that forward reads, with another value for ``site.module``."""
     first = original(type(site.module))
     changed: dict[type, type] = {}
     for name, module in site.model.named_modules():
@@ -351,7 +351,7 @@ def submodule_with_other_weights(site: Site, name: str) -> None:
 
 @edit(_always)
 def shared_submodule(site: Site, _: Any) -> None:
-    """Replace another module of the same class and parameter shapes by ``site.module``, which is then in two places."""
+    """Replace another module of the same class and parameter shapes by ``site.module``, which then occurs twice."""
     module = site.module
     shapes = [p.shape for p in module.parameters()]
     for path, other in list(site.model.named_modules()):
@@ -571,7 +571,7 @@ def _pickled(model: nn.Module) -> nn.Module:
 
 
 def _restored(model: nn.Module) -> nn.Module:
-    with contextlib.suppress(RuntimeError):  # for a class derived after accelerate; the model is then unchanged
+    with contextlib.suppress(RuntimeError):  # raised, with the model unchanged, for a class derived after `accelerate`
         swinkernels.restore(model)
     return model
 
@@ -590,7 +590,7 @@ class Mutation:
     family: str
     edits: tuple[tuple[str, str, Any], ...]  # edit, path, detail
     is_before: bool
-    is_repeated: bool  # accelerate is called again after the edits
+    is_repeated: bool  # `accelerate` is called again after the edits
     afterwards: str
     backend: str
     dtype: torch.dtype
@@ -610,7 +610,7 @@ class Mutation:
 
 @functools.cache
 def _models(family: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a model of ``family``, and the paths of all modules that accelerate replaces or that are inside them."""
+    """Return a model of ``family``, and the paths of the modules that ``accelerate`` replaces and of those inside."""
     model = make_model(family)
     fast = copy.deepcopy(model)
     replaced = [entry.path for entry in swinkernels.accelerate(fast).replaced]
@@ -629,8 +629,8 @@ def draw(seed: int, number: int) -> Mutation:
         sites = [(path, of) for path in paths for of in EDITS[name][0](model.get_submodule(path))]
         if sites:
             edits.append((name, *rng.choice(sites)))
-    # The closures of these edits hold the accelerated method, which fails once restore or a second accelerate has set
-    # the module's class back.
+    # The closures of these edits hold the accelerated method, which fails once `restore` or a second `accelerate` has
+    # set the module's class back.
     keeps = any(name in ("forward of the instance", "method of the instance") for name, _, _ in edits)
     backend, dtype = rng.choice((("reference", torch.float64), ("auto", torch.float64), ("auto", torch.float32)))
     return Mutation(
@@ -674,7 +674,7 @@ def run(mutation: Mutation, *, accelerates: bool) -> Outcome:
             model = AFTERWARDS[mutation.afterwards](model)
             if mutation.trains:
                 model.train()
-            log.clear()  # removes entries from the trials of accelerate
+            log.clear()  # removes entries of `accelerate`'s trials
             _run(model, x, log, outcome.values)
         except Exception as error:  # an edit may break the model in any way
             outcome.error = error

@@ -69,7 +69,7 @@ def test_a_second_accelerate(place, wrap):
 @every_place
 @pytest.mark.parametrize("wrap", [bind, hook])
 def test_what_was_bound_before(place, wrap, monkeypatch):
-    """A forward that other code bound to the instance before accelerate runs the accelerated code afterwards."""
+    """If forward was bound or wrapped before, results stay the same; a bound forward is rebound to the new class."""
     plain = place.model()
     fast = copy.deepcopy(plain)
     wrap(fast)

@@ -1,4 +1,4 @@
-"""Tests that changes to buffers and methods after accelerate have the same effect as in the library's own module."""
+"""Tests that changes to buffers and methods after ``accelerate`` have the same effect as in the library's module."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pair(place: Place) -> tuple[Any, Any]:
 
 
 def check(place: Place, plain: Any, fast: Any, before: Tensor) -> None:
-    """Check that the edit changes the results of the library's own module and of the accelerated module alike."""
+    """Check that after the same edit the results of ``plain`` and ``fast`` agree and differ from ``before``."""
     expected = place.run(plain)
     assert (expected - before).abs().max() > 1e-3, "the edit changes nothing"
     torch.testing.assert_close(place.run(fast), expected, **CLOSE)
@@ -188,7 +188,7 @@ def test_methods_replaced_on_an_instance(place):
 
 
 def test_a_class_patched_before_the_first_accelerate_is_told(monkeypatch):
-    """A method counts as patched, however early that was done, if its code and its class are of different packages."""
+    """A method patched before the first ``accelerate`` is detected if its code is not from the package of its class."""
     from timm.models.swin_transformer import WindowAttention
 
     monkeypatch.setattr(WindowAttention, "forward", scaled(WindowAttention.forward))
@@ -206,7 +206,7 @@ def test_a_call_patched_by_a_function_in_a_decorator_of_torch_counts(monkeypatch
 
 
 def test_a_class_without_a_file_can_be_watched(monkeypatch):
-    """A class that was defined in an interactive session belongs to a module without a file."""
+    """A class whose module has no file, such as one from an interactive session, can be watched."""
     kind = type("Session", (nn.Module,), {"forward": lambda self, x: x, "__module__": "session"})
     monkeypatch.setitem(sys.modules, "session", types.ModuleType("session"))
     bypass.watch(kind)
@@ -299,7 +299,7 @@ def ops_in(exported: torch.export.ExportedProgram) -> int:
 @pytest.mark.parametrize("name", compiled_places())
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_keeps_the_op(name, strict):
-    """The op stays in an export, even for a module that was moved after accelerate and has not run since."""
+    """An export contains the op even if the module was converted after ``accelerate`` and has not run since."""
     place = PLACES[name]
     fast = place.model().float()
     swinkernels.accelerate(fast, backend="cpu")

@@ -244,7 +244,7 @@ def test_frozen_parameters_stay_frozen(library):
     assert_as_good(got, exact, exact, shaken(model, x, x.dtype))
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 @foreign

@@ -1,4 +1,4 @@
-"""Tests accelerate on blocks of unknown form, in which it replaces only the window attention."""
+"""Tests ``accelerate`` on blocks of unknown form, in which it replaces only the window attention."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_a_refused_block_with_a_refused_attention_is_told_once():
     assert "its forward takes (self, x" in entry.reason
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 def test_keys_types_copies_and_restore(monkeypatch):

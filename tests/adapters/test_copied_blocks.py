@@ -1,4 +1,4 @@
-"""Tests accelerate on copies of Microsoft's block: replaced copies give the same results, others are skipped."""
+"""Tests ``accelerate`` on copies of Microsoft's block: replaced copies give the same results, others are skipped."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def accelerated(module: Any, **options: Any) -> Any:
 
 
 def reason_of(block: nn.Module) -> str:
-    """Check that accelerate does not replace the block (it may replace the attention); return the reason."""
+    """Check that ``accelerate`` skips the block (it may replace the attention), and return the reported reason."""
     report = swinkernels.accelerate(block)
     assert {e.path for e in report.replaced} <= {"attn"}
     assert not isinstance(block, StructuralBlock)
@@ -211,7 +211,7 @@ class OtherMaskValue(forms.ClassificationBlock):
 
 
 class OtherMaskWhereItIsMade(forms.RestorationBlock):
-    """Uses the mask value -200 for sizes other than the block's own; the results differ only on extreme inputs."""
+    """A block with mask value -200 for sizes other than its own; the results differ only on extreme inputs."""
 
     def calculate_mask(self, size):
         return super().calculate_mask(size) * (1 if tuple(size) == self.input_resolution else 2)
@@ -261,14 +261,14 @@ class HiddenOffset(forms.WindowAttention):
 
 
 class OtherClamp(forms.CosineAttention):
-    """Clamps the logit scale at a larger value than v2; the results differ only for a scale beyond v2's limit."""
+    """v2 attention with a larger limit on the logit scale; the results differ only for a scale beyond v2's limit."""
 
     def scores(self, q, k):
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.logit_scale.clamp(max=5.0).exp()
 
 
 class ColumnsFirst(forms.ClassificationBlock):
-    """Orders the tokens of a window column by column, whereas the bias table is for tokens in row-major order."""
+    """A block that orders the tokens of a window column by column, although the bias table is for row-major order."""
 
     def attend(self, x, window, shift, mask):
         return super().attend(x.transpose(1, 2), window, shift, mask).transpose(1, 2).contiguous()
@@ -301,7 +301,7 @@ class DrawsMore(forms.ClassificationBlock):
 
 
 class NeighboursMask(forms.SegmentationBlock):
-    """Applies the stage's mask even if its own shift_size is 0."""
+    """A block that applies the stage's mask even if its own shift_size is 0."""
 
     def forward(self, x, mask_matrix):
         y = self.norm1(x).view(len(x), self.H, self.W, -1)
@@ -356,7 +356,7 @@ def test_what_is_not_a_published_form_is_refused(name):
 
 
 class PadsBefore(forms.SegmentationBlock):
-    """Pads before the map's tokens instead of after them; on maps of whole windows the results are the same."""
+    """A block that pads before the map's tokens instead of after them; maps of whole windows give the same results."""
 
     def padded(self, x, window, shift, mask):
         h, w = (-s % n for s, n in zip(x.shape[1:-1], window, strict=True))
@@ -364,7 +364,7 @@ class PadsBefore(forms.SegmentationBlock):
 
 
 class WindowsByColumn(forms.ClassificationBlock):
-    """Orders the windows, and their masks, column by column."""
+    """A block that orders the windows, and their masks, column by column."""
 
     def attend(self, x, window, shift, mask):
         size, axes = tuple(x.shape[1:-1]), (1, 2)
@@ -559,7 +559,7 @@ def test_changes_after_accelerate(monkeypatch):
     torch.testing.assert_close(fast(x), expected, rtol=1e-10, atol=1e-12)
 
 
-# A model around the blocks keeps its identity
+# State and interface of a model with such blocks
 
 
 class Model(nn.Module):
@@ -656,7 +656,7 @@ def test_compile_fullgraph(monkeypatch):
 
 
 def test_compile_blocks_that_are_called_with_masks(monkeypatch):
-    """In compiled code a mask cannot be inspected, so the block's own code runs, with attention on the op."""
+    """In compiled code a mask cannot be inspected, so the block's own code runs and only the attention uses the op."""
     torch._dynamo.reset()
     block = make(forms.VideoBlock, 12, 3, shift_size=(1, 2, 2))
     x, (mask,) = calls_of("video", block)[0]

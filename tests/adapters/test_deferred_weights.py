@@ -103,7 +103,7 @@ def test_weights_in_other_modes(mode, stages, x):
 
 @pytest.mark.parametrize("mode", ["compile", "export", "grad"])
 def test_weights_first_read_in_another_mode(mode, stages, x):
-    """Weights of an eager call that are first read in another mode hold no tensors of that mode afterwards."""
+    """Attention weights from an eager call, first read in another mode, hold no tensors of that mode afterwards."""
     plain, fast = stages
     expected = plain(x)[1].detach()
     with torch.set_grad_enabled(mode == "grad"):
@@ -192,7 +192,7 @@ def _dtype(stage: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize("change", [_scale_data, _load, _step, _settings, _dtype])
 def test_weights_are_those_of_the_call(change, stages, x):
-    """The weights do not change if the stage changes between the call and the first operation that reads them."""
+    """Attention weights do not change if the stage changes after the call, before an operation first reads them."""
     plain, fast = stages
     expected = plain(x)[1].detach().clone()
     _, weights = fast(x)
@@ -263,7 +263,7 @@ def test_gradient_checkpointing(reentrant, reads, stages, x):
 
 
 def test_reentrant_checkpointing_of_two_stages(stages, x):
-    """The second stage runs on a result that depends on the first stage's weights."""
+    """The input of the second checkpoint depends on the attention weights of the first."""
 
     def loss(stage: Any, x: Tensor) -> Tensor:
         def both(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Tests that on devices without a kernel the library's own code runs after accelerate, and the report says why."""
+"""Tests that on devices without a kernel the library's own code runs after ``accelerate``, and the report says why."""
 
 from __future__ import annotations
 

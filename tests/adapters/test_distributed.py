@@ -59,7 +59,7 @@ def process(rank: int, library: str, how: str, folder: str) -> None:
         blocks = [m for m in model.modules() if is_block(m)]
         assert len(blocks) == 4 and all(isinstance(m, FSDPModule) for m in blocks)
         if library != "swinkernels":
-            # restore refuses sharded modules, because it would undo the sharding, and accelerate skips them.
+            # `restore` refuses sharded modules, because it would undo the sharding; `accelerate` skips them.
             kinds = [type(m) for m in model.modules()]
             with pytest.raises(RuntimeError, match=r"fully_shard, .*: restore the model before"):
                 swinkernels.restore(model)

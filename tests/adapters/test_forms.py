@@ -1,4 +1,4 @@
-"""Tests accelerate on forms other than Microsoft's block: results equal the modules' own, also after edits."""
+"""Tests ``accelerate`` on forms other than Microsoft's block: results equal the library's, also after edits."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
-# The tolerance of the results of families that always compute in float32.
+# Tolerances for the families that always compute in float32.
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
-# The number of calls of the op in one replaced module, for families with several.
+# Calls of the op in one replaced module, for the families with more than one.
 CALLS = {"VRT": 3, "EsViT": 2, "HTSAT": 3, "laion-clap": 2, "nnFormer": 2}
 
 families = pytest.mark.parametrize("family", FORMS)
@@ -86,7 +86,7 @@ def test_float32_is_as_good_as_the_own_code(family):
 
 @families
 def test_training_draws_the_same_and_checks_itself(family):
-    """Training with drop path and batch norms gives the library's results; accelerate with verify=True passes."""
+    """Training with drop path and batch norms gives the library's results; ``accelerate`` with verify=True passes."""
     model, x = model_of(family).train(), make_input(family)
     for m in model.modules():
         for name in ("drop_prob", "p"):
@@ -223,7 +223,7 @@ def test_weights_that_a_stage_hands_on_are_those_of_its_own_code(attention_calls
     assert torch.equal(got, expected)
     assert all(torch.equal(a, b) for a, b in zip(found, weights, strict=True))
     torch.testing.assert_close(fast(x), expected, rtol=1e-10, atol=1e-12)
-    assert len(attention_calls) == 2  # also after the dict of masks was filled
+    assert len(attention_calls) == 2  # the op also runs after the module's own code has filled the dict of masks
 
 
 @pytest.mark.parametrize("family", ["EsViT", "Pangu-Weather"])
@@ -381,7 +381,7 @@ def test_more_tokens_than_a_number_in_the_code_are_tried():
 
 @pytest.mark.parametrize("window", [14, 0])
 def test_a_wrong_gradient_of_a_wide_layer_is_found(window):
-    """A trial compares gradients on smaller maps than SAM-B's, which have 64 x 64 tokens and 4 x 10^8 scores."""
+    """A trial compares gradients on maps smaller than SAM-B's 64 x 64 tokens, which have 2 x 10^8 scores per image."""
     sam = pytest.importorskip("transformers.models.sam.modeling_sam")
     from transformers import SamVisionConfig
 

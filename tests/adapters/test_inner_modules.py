@@ -1,4 +1,4 @@
-"""Tests that subclassing, wrapping or changing inner modules has the same effect on an accelerated module."""
+"""Tests that subclassing, wrapping or changing inner modules affects accelerated and original modules alike."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check(place: Place, edit: Callable[[Any], None], *, before_accelerate: bool)
 
 
 def inner_paths(place: Place) -> list[str]:
-    """List the paths of a place's inner modules, except containers, modules without parameters, and the MLP."""
+    """List the paths of inner modules of ``place``, except containers, modules without parameters, and the MLP."""
     model = place.model()
     found = []
     for path, module in model.named_modules():

@@ -109,7 +109,7 @@ def replace_forward(module: nn.Module) -> None:
 @every_family
 @pytest.mark.parametrize("edit", [scale, scale_input, subclass, replace_forward])
 def test_edits_of_inner_modules_count(family, edit):
-    """An edit of any module that a fused product replaces takes effect, before and after accelerate."""
+    """An edit of any module that a fused product replaces takes effect, before and after ``accelerate``."""
     path, parts = PARTS[family]
     model, x = make_model(family), make_input(family)
     unchanged = model(x)
@@ -304,7 +304,7 @@ def test_a_copied_mlp_that_computes_something_else_is_called(kind, monkeypatch):
 
 
 def test_a_copied_mlp_that_changed_since_its_trial_is_called():
-    """If the class or the ``factor`` of the MLP changes after accelerate, the MLP itself is called."""
+    """If the class or the ``factor`` of the MLP changes after ``accelerate``, the MLP itself is called."""
     model, x = make_model("copy for restoration"), make_input("copy for restoration")
     fast = accelerated(model)
     for m in (model, fast):

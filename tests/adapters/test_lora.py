@@ -1,4 +1,4 @@
-"""Tests peft's LoRA on qkv and proj, added before or after accelerate: the op uses the results of the LoRA layers."""
+"""Tests peft's LoRA on qkv and proj, added before or after ``accelerate``: the op uses the LoRA layers' results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests accelerate on mmpretrain's Swin v1 and v2, and accelerated backbones that a config selects by type."""
+"""Tests ``accelerate`` on mmpretrain's Swin v1 and v2, and accelerated backbones that a config selects by type."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ versions = pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
 
 
 def config(version: int = 1, **options: Any) -> dict[str, Any]:
-    """Return the config of a backbone that has maps of 9x13 and then 5x7 tokens for :func:`make_image`."""
+    """Return the config of a backbone that has maps of 9x13 and 5x7 tokens for images of :func:`make_image`."""
     arch = {"embed_dims": 16, "depths": [2, 2], "num_heads": [2, 4]}
     of_version: dict[str, Any] = {}
     if version == 2:
@@ -223,7 +223,7 @@ def test_norms_and_merging_on_ops(version, dtype, calls):
 
 @pytest.mark.parametrize("path", ["attn", "ffn", "ffn.layers.0", "ffn.layers.0.0"])
 def test_autocast_leaves_what_others_see_its_dtype(path):
-    """The norms return the residual stream's dtype unless a Linear follows, which casts its input anyway."""
+    """A norm keeps the residual stream's dtype unless an unhooked Linear follows, which casts its input anyway."""
     block, dtypes = make_model().stages[0].blocks[1], []
     x = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(1))
     for m in (block, accelerated(block, "reference")):
@@ -323,7 +323,7 @@ def test_hooks_inside_the_attention_fire(version, path):
     assert (entry.path, entry.reason) == ("stages.0.blocks.1.attn", f"a hook is registered on w_msa{path}")
 
 
-# Modules that accelerate does not replace
+# Modules that `accelerate` does not replace
 
 
 class OwnAttention(ShiftWindowMSA):

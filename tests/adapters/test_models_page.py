@@ -1,4 +1,4 @@
-"""Tests that the row of each family in docs/models.md agrees with the modules that use ops."""
+"""Tests that the row of each family in docs/models.md agrees with the number of modules that run on the op."""
 
 from __future__ import annotations
 

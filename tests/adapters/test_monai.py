@@ -1,4 +1,4 @@
-"""Tests accelerate on MONAI's SwinUNETR, 2D and 3D: results, and the model's state and interface."""
+"""Tests ``accelerate`` on MONAI's SwinUNETR, 2D and 3D: results, and the model's state and interface."""
 
 from __future__ import annotations
 

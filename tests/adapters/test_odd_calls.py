@@ -1,4 +1,4 @@
-"""Tests that accelerated modules called with odd arguments give the library's results, or raise if it raises."""
+"""Tests accelerated modules called with odd arguments: they return the library's results, or raise if it raises."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _first_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
-    """Return the arguments with which the model calls one replaced module of each class, by path."""
+    """Run ``model`` on ``x`` and return {path: call arguments} of the first accelerated module of each class."""
     calls: dict[str, Call] = {}
     classes = {}
     for path, module in model.named_modules():
@@ -102,7 +102,7 @@ def test_odd_calls_end_as_in_the_library(family: str) -> None:
                     continue  # the change needs an axis that the first argument lacks
                 got, expected = _outcome(fast.get_submodule(path), odd), _outcome(model.get_submodule(path), odd)
                 where = f"{path} with {name}: {got!r:.300}, but the library's own code gives {expected!r:.300}"
-                if isinstance(expected, Exception):  # without a shift, the library may read the size of an unused mask
+                if isinstance(expected, Exception):  # without a shift, the library may read an unused mask's size
                     assert isinstance(got, Exception) or name == "no tensors", where
                     continue
                 assert not isinstance(got, Exception), where

@@ -1,4 +1,4 @@
-"""Tests modules that do not keep their parameters in ``_parameters``: replicas, flattened and parametrised modules."""
+"""Tests modules whose parameters are not in ``_parameters``: replicas, FSDP-flattened and parametrised modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys(
 
 
 def replica(model: nn.Module) -> Any:
-    """Return a replica of ``model`` like those of torch.nn.parallel.replicate, which needs a GPU."""
+    """Replicate ``model`` in the same way as torch.nn.parallel.replicate, which needs a GPU."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, twin in copies.items():
         twin._former_parameters = OrderedDict()

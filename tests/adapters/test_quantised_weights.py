@@ -1,4 +1,4 @@
-"""Tests weights that are tensor subclasses and support few ops, such as quantised weights, with accelerate."""
+"""Tests ``accelerate`` with weights of tensor subclasses that support few ops, such as quantised weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys(
 
 
 class Packed(Tensor):
-    """A weight that only F.linear can read; every other operation raises an error."""
+    """A weight that only F.linear can read; any other computation raises NotImplementedError."""
 
     _of: Tensor
 
@@ -32,7 +32,7 @@ class Packed(Tensor):
         kwargs = kwargs or {}
         if function is F.linear:
             return _linear(*args, **kwargs)
-        # Attributes and methods that nn.Module, copy.deepcopy and error messages use on every weight.
+        # Attributes and methods of weights that nn.Module, copy.deepcopy and error messages use.
         name = getattr(function, "__name__", "")
         if name in (
             "__get__",

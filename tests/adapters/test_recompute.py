@@ -1,4 +1,4 @@
-"""Tests that accelerate(recompute=True) does not change training steps and saves fewer bytes for the backward pass."""
+"""Tests that accelerate(recompute=True) leaves outputs and gradients unchanged and saves fewer bytes for backward."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.fixture
 def halves(monkeypatch) -> dict[str, list[Any]]:
-    """Record the keyword arguments of every call of attention_half and mlp_half."""
+    """Record the keyword arguments of every call to attention_half and mlp_half."""
     calls: dict[str, list[Any]] = {"attention_half": [], "mlp_half": []}
 
     def observe(name: str) -> None:
@@ -232,7 +232,7 @@ class Tagged(Tensor):
 
 def weight_of_another_class(of: Any) -> None:
     weight: Any = of("fc2").weight.detach().as_subclass(Tagged).requires_grad_()
-    weight._is_param = True  # nn.Parameter itself accepts no class whose detach returns a plain tensor
+    weight._is_param = True  # nn.Parameter rejects subclasses whose detach returns a plain tensor
     of("fc2").weight = weight
 
 
@@ -245,14 +245,14 @@ EDITS = [
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("timm v2-CR", "transformers Donut")])
 def test_blocks_changed_afterwards_run_as_before(family, edit, halves):
-    """The expected results come from accelerate(recompute=False): libraries draw projection dropout in window order."""
+    """Results are compared with accelerate(recompute=False): libraries draw projection dropout in window order."""
     x = make_image(family=family)
     model, fast = accelerated(make_model(family), recompute=False), accelerated(make_model(family))
     *_, block, parts = FAMILIES[family]
     for m in (model, fast):
         edit(lambda name, m=m: m.get_submodule(f"{block}.{parts[name]}"))
     expected, got = step(model, x), step(fast, x)
-    only_mlp = family in ("timm v2", "torchvision v2")  # an edit of the attention has no effect on mlp_half
+    only_mlp = family in ("timm v2", "torchvision v2")  # here mlp_half still runs if only the attention is edited
     assert len(halves["mlp_half"]) == (3 if only_mlp and edit is parametrised_qkv else 2)
     assert_same(got, expected)
 
@@ -299,7 +299,7 @@ def test_checkpointing(family, use_reentrant, halves):
 @pytest.mark.parametrize("counted", ["forward", "backward"])
 @pytest.mark.parametrize("family", ["timm", "timm v2"])
 def test_checkpointing_where_only_one_pass_is_counted(family, counted):
-    """The forward pass and its recomputation save the same tensors if only one of them runs in a FlopCounterMode."""
+    """The forward pass and its recomputation save the same tensors even if FlopCounterMode counts only one of them."""
     model, x = make_model(family), make_image(family=family)
     gradients = []
     for m in (model, accelerated(model)):

@@ -1,6 +1,6 @@
-"""Tests the report of accelerate and Report.check.
+"""Tests the report that ``accelerate`` returns, and its method ``Report.check``.
 
-Report.check lists the ops that each replaced module called in one run, or the reason why it called none.
+``Report.check`` lists the ops that each replaced module called in one run, or the reason why it called none.
 """
 
 from __future__ import annotations

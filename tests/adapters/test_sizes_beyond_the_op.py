@@ -1,4 +1,4 @@
-"""Tests heads and windows beyond the op's limits: the library's own code runs, and the report gives the reason."""
+"""Tests heads and windows beyond window_attention's limits: the library's own code runs, and the report says why."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_window_that_set_input_size_makes_too_large():
 
 
 def test_windows_of_monai_that_a_map_makes_smaller(monkeypatch):
-    """Windows of 12x12x12 tokens are too large for the op; on an 8x8x8 map, MONAI clips them to 512 tokens."""
+    """window_attention does not support windows of 12x12x12 tokens; MONAI clips them to 512 tokens on an 8x8x8 map."""
     pytest.importorskip("monai", reason="MONAI is not installed")
     from monai.networks.nets.swin_unetr import BasicLayer
 

@@ -1,4 +1,4 @@
-"""Tests accelerate on the window and grid attention of timm's MaxViT, on the backend that "auto" chooses."""
+"""Tests ``accelerate`` on the window and grid attention of timm's MaxViT, with the backend that "auto" chooses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def make_block(cls: Any, partition: str = "block", dtype: torch.dtype = torch.fl
     block = randomised(block)
     for name, p in block.named_parameters():
         if name.endswith("mlp.fc2.bias") and "rel_pos" in name:
-            p.requires_grad_(False)  # softmax ignores a constant in all scores: the gradient is only rounding error
+            # Softmax does not change if a constant is added to all scores: the bias's gradient is only rounding error.
+            p.requires_grad_(False)
     return block.to(dtype)
 
 
@@ -105,7 +106,7 @@ def test_map_sizes(cls, size):
 @classes
 @pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "explicit"])
 def test_both_of_timms_attention_paths(cls, fused):
-    """timm's fused path ignores ``scale``: scaled_dot_product_attention uses its default."""
+    """timm's fused path ignores ``scale`` and uses the default scale of scaled_dot_product_attention."""
     block, x = make_block(cls), make_map(cls)
     for name, _ in maxvit._attentions(block):
         attn = block.get_submodule(name)

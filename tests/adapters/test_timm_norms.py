@@ -1,6 +1,7 @@
-"""Tests accelerate on the norms, residual connections and patch merging of timm's Swin, v1 and v2.
+"""Tests ``accelerate`` on the norms, residual connections and patch merging of timm's Swin, v1 and v2.
 
-The ops have kernels for GPUs only. The tests run the reference, or stand-ins for the kernels in plain PyTorch.
+The norm and patch-merging ops have only GPU kernels, so the tests run the reference, or stand-ins for the kernels
+in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def test_the_factor_of_drop_path_is_timms(p, dtype):
 
 @versions
 def test_drop_path_draws_in_timms_dtype_under_autocast(version, calls, a_gpu):
-    """timm computes 1 / (1 - p) in the branch's dtype; in bfloat16 the value differs from the float32 value."""
+    """timm computes the scale 1 / (1 - p) in the branch's dtype; the bfloat16 scale differs from the float32 one."""
     model = make_model(version, drop_path_rate=0.3).train()
     fast, x = accelerated(model, "auto"), make_image(model)
     dtypes = []
@@ -208,7 +209,7 @@ def test_gradient_checkpointing(version, calls):
 @versions
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 def test_autocast_bfloat16(version, where, calls, request):
-    """Values, and all dtypes that hooks and callers observe, equal timm's."""
+    """The values match timm's, and hooks and callers observe the same dtypes as in timm."""
     model = make_model(version)
     if where == "gpu":
         request.getfixturevalue("a_gpu")
@@ -226,7 +227,7 @@ def test_autocast_bfloat16(version, where, calls, request):
 
     assert calls.by_op() == (CALLS[version] if version == 2 else {"layer_norm": 4, **CALLS[version]})
     half = torch.bfloat16
-    first, second = ([c for c in calls if c["op"] != "patch_merging"][i] for i in (0, -1))  # for stages 1 and 2
+    first, second = ([c for c in calls if c["op"] != "patch_merging"][i] for i in (0, -1))  # in stages 1 and 2
     # Dtype of the residual stream: under autocast, the convolution and v1's merging return bfloat16, and norms return
     # the dtype that autocast uses for them on the device.
     wide = half if where == "cpu" else torch.float32
@@ -240,7 +241,7 @@ def test_autocast_bfloat16(version, where, calls, request):
 
 
 def test_autocast_leaves_an_mlp_that_it_does_not_know_its_dtype(calls):
-    """norm2 returns float32 for a float32 residual stream, unless a Linear follows, which casts its input anyway."""
+    """norm2 keeps the residual stream's float32 unless an unhooked timm Mlp follows: its fc1 casts the input anyway."""
     stage = accelerated(make_model(depths=(4,), num_heads=(2,))).layers[0]
     dtypes = []
     for block, path in ((0, "mlp"), (1, "mlp"), (2, "mlp.fc1")):
@@ -261,7 +262,7 @@ def test_autocast_leaves_an_mlp_that_it_does_not_know_its_dtype(calls):
 
 @versions
 def test_a_branch_narrower_than_the_stream(version, calls):
-    """Without autocast, the MLP's input and the residual stream have the wider dtype."""
+    """Without autocast, the MLP's input and the output of the block have the residual stream's wider dtype."""
     plain = make_model(version).layers[0].blocks[0]
     fast = accelerated(plain)
     for block in (plain, fast):
@@ -445,14 +446,14 @@ def test_a_hook_on_an_inner_module_fires(version, where, kind, calls, monkeypatc
         assert f"Residual and norm: timm's own code; a hook is registered on {name}" in entry.remarks
     handle.remove()
     calls.clear()
-    monkeypatch.setattr(linear_layers, "fuses", lambda x: False)  # otherwise a Linear may add the residual
+    monkeypatch.setattr(linear_layers, "fuses", lambda x: False)  # otherwise a fused Linear may add the residual
     with torch.no_grad():
         model(x)
     assert calls.by_op() == CALLS[version]
 
 
 def test_hooks_on_what_is_called_all_the_same_see_what_they_saw(calls):
-    """Hooks on modules that are still called (norm1 without autocast, v1's drop_path2 and mlp) get the same tensors."""
+    """Hooks on modules that are still called (norm1 without autocast, v1's drop_path2 and mlp) see timm's tensors."""
     model = make_model(drop_path_rate=0.1).double()
     fast, x = accelerated(model), make_image(model)
     seen: dict[nn.Module, list[Tensor]] = {model: [], fast: []}
@@ -570,7 +571,7 @@ def test_subclasses_and_closed_modules_are_left_alone(version):
         ("layers.1.downsample", "OwnMerging"),
     ]
     scripted = torch.jit.script(make_model(version, depths=(1, 1)))
-    (entry,) = swinkernels.accelerate(scripted).skipped  # one entry, no matter how many modules are inside
+    (entry,) = swinkernels.accelerate(scripted).skipped  # one entry for the whole scripted model
     assert "TorchScript" in entry.reason
 
 
@@ -610,7 +611,7 @@ def test_verify_passes(version, dtype, calls):
 
 
 def test_verify_passes_where_timm_itself_overflows():
-    """timm's cosine attention (v2) in float16 returns NaN for windows that it pads with zeros."""
+    """In float16, timm's cosine attention (v2) returns NaN for windows that contain zero padding."""
     model = make_model(2, qkv_bias=False).half()
     block = model.layers[0].blocks[0]
     assert block(torch.ones(1, *block.input_resolution, 16).half()).isnan().any()

@@ -141,7 +141,7 @@ print(__name__, sys.argv[1:], len(timm.list_models("swinkernels_*")), sys.path[0
 
 
 def test_a_script_that_imports_only_timm(tmp_path):
-    """Only `-m swinkernels.integrations.timm` adds the models, and importing swinkernels does not import timm."""
+    """``-m swinkernels.integrations.timm`` registers the models for the script; ``import timm`` alone does not."""
     script = tmp_path / "validate.py"
     script.write_text(SCRIPT)
     root = Path(swinkernels.__file__).parent.parent

@@ -1,4 +1,4 @@
-"""Tests accelerate and restore on timm's Swin, on the backend that "auto" chooses."""
+"""Tests ``accelerate`` and ``restore`` on timm's Swin, with the backend that "auto" chooses."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_set_input_size_keeps_a_frozen_table_frozen():
 
 @pytest.mark.parametrize("fused", [False, True], ids=["explicit", "sdpa"])
 def test_both_of_timms_attention_paths(fused):
-    """With TIMM_FUSED_ATTN=2 timm calls scaled_dot_product_attention, which ignores attn.scale."""
+    """timm's fused path ignores ``scale`` and uses the default scale of scaled_dot_product_attention."""
     model = make_model().double()
     for module in model.modules():
         if isinstance(module, WindowAttention):
@@ -201,9 +201,6 @@ def test_a_training_step_moves_the_parameters_as_timms_does():
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-# Autocast and other dtypes
-
-
 # torch.compile, export, tracing
 
 
@@ -260,7 +257,7 @@ def test_torchscript_tracing_traces_timms_code(monkeypatch):
     x = make_image(model)
     expected = model(x)
     timm_path_only(monkeypatch)
-    traced = torch.jit.trace(model, x, check_trace=False)  # the check of the trace would run the op
+    traced = torch.jit.trace(model, x, check_trace=False)  # check_trace would run the op
     torch.testing.assert_close(traced(x), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -342,7 +339,7 @@ def test_restore_undoes_everything():
     assert all(type(b) is SwinTransformerBlock for stage in model.layers for b in stage.blocks)
     assert [set(m.__dict__) for m in model.layers.modules()] == attributes
     assert torch.equal(model(make_image(model)), never(make_image(model)))
-    swinkernels.restore(model)  # nothing is left to undo
+    swinkernels.restore(model)  # nothing is left to restore
 
 
 def test_twice_is_once():
@@ -433,7 +430,7 @@ def test_a_hook_inside_the_attention_fires(where, kind):
 
 
 class LowRank(nn.Linear):
-    """A layer that replaces an nn.Linear, as LoRA adapters do."""
+    """An nn.Linear with a low-rank update, like the layers that LoRA inserts."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, dtype=linear.weight.dtype)
@@ -457,7 +454,7 @@ def test_other_layers_than_linear_run_timms_code(layer):
     assert [(e.path, e.reason) for e in report.skipped] == [
         ("layers.0.blocks.1", f"attn.{layer} is a LowRank, not an nn.Linear")
     ]
-    assert type(model.layers[0].blocks[1]) is SwinTransformerBlock  # an unchanged block has timm's own class
+    assert type(model.layers[0].blocks[1]) is SwinTransformerBlock  # a skipped block has timm's class again
     swinkernels.restore(model)
     exact = run(model, x)
     assert_as_good(got, exact, exact)
@@ -505,7 +502,7 @@ def test_an_attention_mask_of_the_users_own(when, how):
     else:
         assert [entry.path for entry in report.skipped] == ["layers.0.blocks.1"]
     torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-12)
-    # set_input_size makes a new mask in timm, so the op may run again.
+    # timm's set_input_size rebuilds the mask, so accelerate can replace the block again.
     for m in (model, fast):
         m.set_input_size(img_size=(44, 44))
     x = make_image(model)
@@ -636,7 +633,7 @@ def test_verify_on_meta_says_that_there_are_no_values():
 
 
 def test_the_default_device_of_the_process_does_not_matter():
-    """The default device has no effect on accelerate, even if it is "meta", where tensors hold no values."""
+    """The default device has no effect on ``accelerate``, even if it is "meta", where tensors hold no values."""
     model = make_model()
     with torch.device("meta"):
         assert len(swinkernels.accelerate(model, verify=True).replaced) == 4 + 1

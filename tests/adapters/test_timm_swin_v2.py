@@ -1,4 +1,4 @@
-"""Tests accelerate on the cosine attention of timm's Swin V2, on the backend that "auto" chooses."""
+"""Tests ``accelerate`` on the cosine attention of timm's Swin V2, with the backend that "auto" chooses."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_projection_dropout():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_model(dtype):
-    # Windows divide these maps, because in float16 timm's code divides 0 by 0 in padded tokens.
+    # The maps need no padding: in float16, timm's code divides 0 by 0 for padding tokens.
     model = make_model(2, img_size=(32, 64)).to(dtype)
     fast, x = accelerated(model), make_image(model)
     exact = run(copy.deepcopy(model).double(), x.double())

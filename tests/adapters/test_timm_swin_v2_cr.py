@@ -1,4 +1,4 @@
-"""Tests accelerate on timm's own Swin V2 (swin_transformer_v2_cr), on the backend that "auto" chooses."""
+"""Tests ``accelerate`` on timm's variant of Swin V2 (swin_transformer_v2_cr), with the backend that "auto" chooses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def make_model(**options: Any) -> Any:
             elif name.endswith("meta_mlp.fc2.weight"):
                 p.normal_(std=0.1)
             elif name.endswith("meta_mlp.fc2.bias"):
-                p.normal_().requires_grad_(False)  # softmax ignores this bias: its gradient is only rounding error
+                # This bias is added to all scores, which softmax ignores: its gradient is only rounding error.
+                p.normal_().requires_grad_(False)
             elif ".norm" in name and "stages." in name:
                 p.normal_(mean=float(name.endswith("weight")), std=0.2)
     return model
@@ -99,7 +100,7 @@ def test_set_input_size_before_and_after(settings, monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_draws_the_same_bias_and_drop_path(checkpointing):
-    """The Dropout of the position bias MLP and drop path draw the same random numbers as in timm's own code."""
+    """The Dropout of the position bias MLP and the drop path draw the same random numbers as in timm's own code."""
     model = make_model(drop_path_rate=0.3).double().train()
     fast = accelerated(model)
     fast.set_grad_checkpointing(checkpointing)

@@ -1,4 +1,4 @@
-"""Tests accelerate on timm's relative position ViT, on the backend that "auto" chooses."""
+"""Tests ``accelerate`` on timm's relative position ViT, with the backend that "auto" chooses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
         if name.endswith(("qkv.weight", "relative_position_bias_table", "mlp.fc2.weight")):
             p.data.normal_(std=0.4)
         if "rel_pos.mlp.fc2.bias" in name:
-            p.requires_grad_(False)  # softmax ignores a constant in all scores: the gradient is only rounding error
+            # Softmax does not change if a constant is added to all scores: the bias's gradient is only rounding error.
+            p.requires_grad_(False)
     return model.to(dtype)
 
 
@@ -79,7 +80,7 @@ def test_outputs_and_every_gradient(options, dtype, monkeypatch):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "explicit"])
 def test_both_of_timms_attention_paths(fused):
-    """timm's fused path ignores ``scale``: scaled_dot_product_attention uses its default."""
+    """timm's fused path ignores ``scale`` and uses the default scale of scaled_dot_product_attention."""
     model, x = make_model(), make_image()
     for block in model.blocks:
         block.attn.fused_attn, block.attn.scale = fused, 0.37

@@ -1,4 +1,4 @@
-"""Tests accelerate on torchvision's Swin, v1 and v2: results, and the model's state and interface."""
+"""Tests ``accelerate`` on torchvision's Swin, v1 and v2: results, and the model's state and interface."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REPLACED = {
 }
 ATTENTION = {1: ShiftedWindowAttention, 2: ShiftedWindowAttentionV2}
 
-# Window size and image size; a token is two pixels wide.
+# Window size and image size; a patch is 2x2 pixels.
 GEOMETRIES = {
     "padded-9x13-5x7": ([4, 4], (18, 26)),
     "divisible-8x16-4x8": ([4, 4], (16, 32)),
@@ -103,7 +103,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
-    """Compare ``model`` and its accelerated copy with ``model`` in float64: outputs and gradients for ``x``."""
+    """Compare outputs and gradients of ``model`` and its accelerated copy on ``x`` with ``model`` in float64."""
     exact = run(copy.deepcopy(model).double(), x.double())
     moved = None if x.dtype == torch.float64 else shaken(model, x, x.dtype)
     assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, moved)
@@ -239,7 +239,7 @@ def test_attention_dropout_in_training_and_not_in_eval(version):
 
 @versions
 def test_attention_dropout_has_torchvisions_mean_and_spread(version):
-    """Attention is linear in its weights, so the mean over dropout masks tends to the result without dropout."""
+    """The output is linear in the attention weights, so its mean over dropout masks tends to that without dropout."""
     attn = make_block(version, attention_dropout=0.3).attn
     fast, x = accelerated(attn), make_map(5, 6, batch=1)
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_gradient_checkpointing(version):
     assert_as_good(results[2], results[0], results[0])
 
 
-# Norms, residual connections and patch merging on ops
+# Norms, residual connections and patch merging computed by ops
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_norms_and_merging_on_ops(version, dtype, calls):
 
 
 def test_autocast_leaves_what_others_see_its_dtype(calls):
-    """The norms return the residual stream's dtype unless a Linear follows, which casts its input anyway."""
+    """A norm keeps the residual stream's dtype unless an unhooked Linear follows, which casts its input anyway."""
     for path in ("attn", "mlp", "mlp.0"):
         block, dtypes = make_block().float(), []
         for m in (block, accelerated(block, "reference")):
@@ -322,9 +322,6 @@ def test_merging_of_maps_without_a_batch():
     merging = make_model().features[2].double()
     fast, x = accelerated(merging, "reference"), make_map(5, 4)[0]
     torch.testing.assert_close(fast(x), merging(x), rtol=1e-10, atol=1e-12)
-
-
-# Precision
 
 
 # torch.compile, FX, TorchScript
@@ -374,12 +371,12 @@ def test_a_feature_extractor_keeps_the_ops_of_leaves(version, monkeypatch):
 
 
 @versions
-@pytest.mark.filterwarnings("ignore")  # warnings from the tracer about torchvision's code
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace warns about torchvision's code
 def test_torchscript_tracing_traces_torchvisions_code(version, monkeypatch):
     model = make_model(version, depths=[2, 1]).double()
     fast, x = accelerated(model), make_image(dtype=torch.float64)
     own_code_only(monkeypatch)
-    traced = torch.jit.trace(fast, x, check_trace=False)  # the check of the trace would run the op
+    traced = torch.jit.trace(fast, x, check_trace=False)  # check_trace would run the op
     assert torch.equal(traced(x), torch.jit.trace(model, x, check_trace=False)(x))
 
 
@@ -407,7 +404,7 @@ def test_hooks_see_what_they_saw(version):
         for path in paths:
             m.get_submodule(path).register_forward_hook(lambda _m, _i, out, t=tensors: t.append(out))
         m(x)
-    assert len(seen[fast]) == len(paths) + 1  # stochastic depth is called twice
+    assert len(seen[fast]) == len(paths) + 1  # each block calls stochastic_depth twice
     for got, e in zip(seen[fast], seen[model], strict=True):
         torch.testing.assert_close(got, e, rtol=1e-10, atol=1e-12)
 
@@ -441,7 +438,7 @@ def test_a_parametrized_layer_takes_part(monkeypatch):
     assert_as_good(run(attn, make_map()), exact, exact)
 
 
-# Modules that accelerate does not replace
+# Modules that `accelerate` does not replace
 
 
 class OwnAttention(ShiftedWindowAttention):

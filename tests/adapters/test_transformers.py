@@ -1,4 +1,4 @@
-"""Tests accelerate on the Swin models of transformers 5."""
+"""Tests ``accelerate`` on the Swin models of transformers 5."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ATTENTION = {
     "swin2sr": Swin2SRAttention,
     "clap": ClapAudioAttention,
 }
-# Maps of 18x14 and 9x13 tokens, and of 9x7 and 5x7 in the second stage: windows of 4x4 need padding.
+# Image sizes. Maps have 18x14 or 9x13 tokens, and 9x7 or 5x7 in the second stage: 4x4 windows need padding.
 SIZES = [(36, 28), (18, 26)]
 
 
@@ -98,15 +98,15 @@ MODELS: dict[str, Callable[..., Any]] = {
     ),
     "clap": lambda **o: Clap(**o),
 }
-# The number of modules replaced in each model: layers and patch merging.
+# Model -> number of replaced layers and patch mergings.
 REPLACED = {name: {"layer": 4, "merging": 0 if name == "swin2sr" else 1} for name in MODELS}
 
 families = pytest.mark.parametrize("family", MODELS)
-clap = pytest.mark.parametrize("family", ["clap"])  # test_conformance.py tests the models of the other families
+clap = pytest.mark.parametrize("family", ["clap"])  # test_conformance.py covers the other families
 
 
 class Outputs(nn.Module):
-    """Wraps a transformers model, and returns a tuple of tensors in place of its output object."""
+    """A transformers model that returns a tuple of tensors in place of its output object."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_without_bias_of_the_projections(family):
 
 
 @families
-@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" also runs norms and residuals on ops
+@pytest.mark.parametrize("backend", ["auto", "reference"])  # "auto" chooses "torch" in float64
 def test_training_draws_the_same_random_numbers(family, backend):
     """Drop path and hidden dropout draw the same random numbers as in the library, except for Swin's hidden dropout.
 
@@ -222,7 +222,7 @@ def test_training_draws_the_same_random_numbers(family, backend):
 
 @families
 def test_attention_dropout_has_the_right_mean(family):
-    """Attention is linear in its weights, so the mean over dropout masks tends to the result without dropout."""
+    """The output is linear in the attention weights, so its mean over dropout masks tends to that without dropout."""
     model = accelerated(make_model(family, torch.float64, attention_probs_dropout_prob=0.3))
     layer = [m for m in model.modules() if isinstance(m, _layers._Layer)][1]
     x = torch.randn(1, 30, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -230,7 +230,7 @@ def test_attention_dropout_has_the_right_mean(family):
         exact = _layers.attended(layer, x, (5, 6))
         layer.train()
         if hasattr(layer.attention, "output"):
-            layer.attention.output.eval()  # token dropout with the same probability
+            layer.attention.output.eval()  # disables its dropout, which has the same probability
         torch.manual_seed(0)
         draws = _layers.attended(layer, x.expand(400, -1, -1), (5, 6))
     spread = draws.std(0)
@@ -332,7 +332,7 @@ def test_hidden_states_and_feature_maps():
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
 
 
-# Modules that accelerate does not replace
+# Modules that `accelerate` does not replace
 
 
 def test_what_is_not_a_linear_layer_is_left_alone():

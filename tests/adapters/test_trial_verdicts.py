@@ -144,7 +144,7 @@ class Settings:
 
 
 class Factor(forms.ClassificationBlock):
-    """A block that multiplies its output by a factor, which is read from ``setting``, an object of any type."""
+    """A block that multiplies its output by a factor that it reads from ``setting``, an object of any type."""
 
     setting: Any
 
@@ -440,7 +440,7 @@ class CountsInABuffer(forms.WindowAttention):
 )
 @pytest.mark.parametrize("base", [forms.ClassificationBlock, forms.HybridBlock])
 def test_an_attention_that_leaves_something_behind_is_left_alone(attention, base):
-    if base is forms.HybridBlock:  # accelerate runs a trial of the attention only
+    if base is forms.HybridBlock:  # accelerate runs a trial only of a HybridBlock's attention
         block = nn.ModuleDict({"attn": attention(12, (4, 4), 3)}).double()
     else:
         block = make(type("Block", (base,), {"attention": attention}), shift_size=2)
@@ -487,7 +487,7 @@ def test_an_argument_equal_to_its_default_passes(monkeypatch):
 
 
 class _Makes(OrderedDict):
-    """A dict that calls its values on access, like transformers' table of activations."""
+    """A dict that calls a value when it is read, like transformers' table of activations."""
 
     def __getitem__(self, key):
         return super().__getitem__(key)()

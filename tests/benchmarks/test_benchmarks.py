@@ -1,6 +1,6 @@
-"""Tests the benchmarks of ops: results of the peers, counts of moved bytes, and verdicts on goals.
+"""Tests the benchmarks of ops: results of the peers, numbers of bytes moved, and verdicts on goals.
 
-A goal without a measurement is reported as not measured.
+The verdict on a goal is "not measured" if rows that the goal needs are missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the timing: tests check the rows, not the times in them."""
+    """Shorten the timing: the tests check the rows, but not the times in them."""
     monkeypatch.setattr(contest, "SECONDS", 0.01)
     monkeypatch.setattr(contest, "QUICK_SECONDS", 0.01)
     monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, rounds=2))
@@ -41,7 +41,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 def _triangle_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: None = None, scale: float | None = None
 ) -> Tensor:
-    """Compute triangle attention by cuEquivariance's documented formula.
+    """Compute triangle attention with the formula that cuEquivariance documents.
 
     q, k and v are (B, N, H, Q, D), and bias is (B, 1, H, Q, K).
     """
@@ -75,7 +75,7 @@ def test_peers_equal_the_reference(case: WindowAttentionCase, kind: str, monkeyp
     inputs = {name: x.double() for name, x in case.inputs(torch.float64).items()}
     exact = run_case(reference.window_attention_qkvpacked, inputs, case.arguments())
     peer = make_peer(case, torch.float64, CPU, kind)
-    if kind == "flex":  # no backward pass on a CPU
+    if kind == "flex":  # FlexAttention has no backward pass on CPUs
         with torch.no_grad():
             got = {"out": peer(**{name: x for name, x in inputs.items() if name != "dout"})}
         exact = {"out": exact["out"]}
@@ -86,7 +86,7 @@ def test_peers_equal_the_reference(case: WindowAttentionCase, kind: str, monkeyp
 
 
 def test_published_times_are_compared_with_right_results_at_their_shapes() -> None:
-    """The shapes are the published ones: 256 windows of 64, 256 and 576 tokens, v2, 6 heads of 32 channels."""
+    """The published times are for 256 windows of 64, 256 and 576 tokens, v2, 6 heads of 32 channels."""
     for shape in peers.PUBLISHED:
         case = shapes.ATTENTION[shape]
         windows = math.prod(s // w for s, w in zip(case.size, case.window_tuple, strict=True))
@@ -227,7 +227,7 @@ def test_goals() -> None:
     assert {goal: verdict for goal, verdict in got.items() if verdict != "not measured"} | {
         "fwd+bwd at swin_t.1 against the best peer": "not measured"
     } == expected
-    rows[3]["median_us"] = 599.0  # one peer is faster than the others
+    rows[3]["median_us"] = 599.0  # 599 / 120 is less than 5
     assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "not met"
     rows[3].update(result="WRONG")  # a wrong result does not count
     assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "met"
@@ -246,8 +246,8 @@ def test_goals_of_the_memory_bound_ops() -> None:
 
     nothing = verdicts([])
     assert set(nothing.values()) == {"not measured"}
-    # Goals at each of three shapes: 8 as a percentage of a copy's speed, 6 ops x 2 peers x 2 directions, and 1 for the
-    # whole patch merging.
+    # At each of three shapes: 8 goals relative to the speed of a copy, 6 ops x 2 peers x 2 directions, and 1 goal for
+    # the whole patch merging.
     assert len(nothing) == 3 * (8 + 6 * 2 * 2 + 1)
     rows = [
         memory_row("patch_merging_norm", "cuda", 55.0, 90.9),
@@ -336,7 +336,7 @@ def test_memory_bound_rows_on_the_cpu() -> None:
 
 
 def test_a_dropped_branch_has_a_gradient_of_its_own() -> None:
-    """A stream and a branch of the same dtype share one gradient tensor, unless drop path scales the branch."""
+    """Residual stream and branch of the same dtype share one gradient tensor, unless drop path scales the branch."""
     case, pair = SMALL["2D"], memory_bound.PAIRS["bfloat16"]
     one_map = 2 * 6 * 9 * 16 * 2
     assert memory_bound.BENCHES["residual_layer_norm"].moved(case, pair) == (4 * one_map, 4 * one_map)
@@ -433,7 +433,7 @@ def test_table_and_percentiles() -> None:
 
 
 def test_variants_name_what_exists() -> None:
-    """Each variant sets macros that the sources read; otherwise it would time the shipped kernels again."""
+    """The sources read every macro that a variant sets; otherwise the variant would time the shipped kernels again."""
     kernels = commit.ROOT / "csrc/kernels/cuda"
     attention_traits = (kernels / "window_attention/traits.h").read_text()
     moving = (kernels / "window_partition/window_copy.cuh").read_text() + (kernels / "layer_norm/traits.h").read_text()

@@ -39,7 +39,7 @@ def _block(listing: str, threads: int = 32, parameters: bytes = b"", memory: sas
 
 
 def test_a_loop_with_lanes_that_leave_it_early() -> None:
-    """Lane i runs i + 1 iterations; an instruction counts once for any number of lanes, and all lanes reconverge."""
+    """Lane i runs i + 1 iterations; an instruction counts once however many lanes run it; all lanes reconverge."""
     block = _block(
         """
         S2R R0, SR_TID.X
@@ -163,7 +163,7 @@ def test_matrix_products_and_their_copies() -> None:
         parameters=addresses,
         memory=memory,
     )
-    # B is stored with one row per depth index, so the transposing ldmatrix yields its columns.
+    # B is stored row-major (k x n), so its fragments are loaded by the transposing ldmatrix.
     assert np.array_equal(out, values[0] @ values[1][:8])
 
 
@@ -241,7 +241,7 @@ def _from_bits(x: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_90"])
 def test_what_is_executed_is_attention(arch: str) -> None:
-    """Executed on data, the counted code computes the reference's output and gradients: the right code is counted."""
+    """The right code is counted: executed on data, it computes the reference's output and gradients."""
     forward = instructions.Case("fwd", (7, 7), lse=True)
     backward = instructions.Case("bwd", (7, 7))
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def test_what_is_executed_is_attention(arch: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
 def test_kernels_have_not_grown(arch: str) -> None:
-    """``python -m benchmarks.instructions --update`` records an intended growth."""
+    """If growth is intended, ``python -m benchmarks.instructions --update`` records a new baseline."""
     if arch not in architectures():
         pytest.skip(f"{instructions.compiler()} does not compile for {arch}")
     rows = list(instructions.count(ROOT, [arch], instructions.HOT))

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the timing: tests check the rows, not the times in them."""
+    """Shorten the timing: the tests check the rows, but not the times in them."""
     for module in (contest, models):
         monkeypatch.setattr(module, "time_on_cpu", lambda calls, **_: time_on_cpu(calls, seconds=0.01, rounds=2))
 

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the timing: tests check the rows, not the times in them."""
+    """Shorten the timing: the tests check the rows, but not the times in them."""
     monkeypatch.setattr(contest, "SECONDS", 0.01)
     monkeypatch.setattr(contest, "QUICK_SECONDS", 0.01)
     monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, rounds=2))
@@ -48,7 +48,7 @@ def test_a_run_writes_rows_tables_and_pictures(small_shape: str, tmp_path: Path,
         (name, direction) for name in ("reference", "eager") for direction in ("fwd", "fwd+bwd")
     }
     for row in rows:
-        assert row["case"] == "b1-6x9-h2x8-w3-s1-table"  # one image on a CPU
+        assert row["case"] == "b1-6x9-h2x8-w3-s1-table"  # the batch is 1 on a CPU
         assert row["result"] == "ok"
         assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
         assert row["noisy"] in (True, False)

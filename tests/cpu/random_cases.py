@@ -1,4 +1,4 @@
-"""Runs random calls of the CPU kernels, and checks each against the error budget.
+"""Runs random calls to the CPU kernels, and checks each against the error budget.
 
     python -m tests.cpu.random_cases --cases 100000
 
@@ -30,12 +30,13 @@ from tests.support.attention_cases import MIN_ELEMENTS, draw_case, elements
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (*range(1, 41), 8, 16, 24, 32, 32, 48, 64, 96, 127, 128)
 PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head_dim)", "q, k, v")
-# Kind -> longest side of a window, most tokens per axis beyond two windows, most scores or elements.
+# Kind -> maximum side of a window, maximum excess of a map's side over two windows, maximum number of scores or of
+# elements.
 KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
-LONG = 64  # long windows have more tokens than this, and so several blocks of queries
-MIN_ROWS = 32  # with fewer rows of a head, the rounding of single scores does not average out in float32
+LONG = 64  # windows with more tokens are long: they have several blocks of queries
+MIN_ROWS = 32  # with fewer rows of head_dim elements, float32 rounding errors of scores do not average out
 AXIS_TABLES = tuple(f"axis_tables.{axis}" for axis in range(3))
-WIDE = ("bias_table", "bias", "logit_scale", *AXIS_TABLES)  # may have any floating dtype, used in float32
+WIDE = ("bias_table", "bias", "logit_scale", *AXIS_TABLES)  # may have any floating dtype; converted to float32
 TABLES = (*WIDE, "pad_qkv", "region_map")
 
 
@@ -44,14 +45,14 @@ class Layout:
     """The memory layout of a tensor. The memory around and between its elements is filled with NaN."""
 
     offset: int
-    order: tuple[int, ...]  # the axes, slowest first
+    order: tuple[int, ...]  # the axes, outermost first
     gaps: tuple[int, ...]  # gaps after each axis, in elements
 
     @classmethod
     def draw(cls, rng: random.Random, dim: int) -> Layout:
         order, gaps = tuple(range(dim)), (0,) * dim
         if rng.random() < 0.7:
-            moved = dim if rng.random() < 0.05 else dim - 1  # the elements of a row are mostly contiguous
+            moved = dim if rng.random() < 0.05 else dim - 1  # the last axis mostly stays contiguous
             order = (*rng.sample(range(moved), moved), *range(moved, dim))
             gaps = tuple(rng.choice((0, 0, 1, 3)) for _ in order)
         return cls(rng.choice((0, 1, 2, 3, 5)), order, gaps)
@@ -89,8 +90,8 @@ class Call:
     form: str
     layouts: tuple[Layout, ...]  # layouts of qkv, or of q, k and v
     of_gradient: Layout  # layout of the output's gradient
-    of_tables: dict[str, Layout]  # layouts of the tables that are not contiguous
-    are_wide: bool  # all tables used in float32 are float64
+    of_tables: dict[str, Layout]  # layouts of the tables; if empty, they are contiguous
+    are_wide: bool  # the tables in WIDE are float64
     constant: tuple[str, ...]  # tables without a gradient
     seed: int  # seed of the inputs
 
@@ -156,7 +157,7 @@ def _draw_case(rng: random.Random) -> Case:
 
 
 def draw_call(seed: int, number: int) -> Call:
-    """Draw the call with index ``number`` of ``seed``."""
+    """Draw the call with seed ``seed`` and index ``number``."""
     rng = random.Random(f"{seed} {number}")
     case = _draw_case(rng)
     rank = len(case.size)

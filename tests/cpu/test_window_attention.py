@@ -101,7 +101,7 @@ DENSE = [
     Case(1, (14, 21), 3, 32, 7, 3, has_table=False, bias_types=0),
     Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_table=False, has_pad_qkv=True, has_logit_scale=True, bias_types=0),
     Case(1, (16, 16), 3, 32, 8, 4, has_table=False, has_logit_scale=True, bias_types=0),
-    Case(1, (18, 36), 6, 8, 18, 9, has_table=False, bias_types=0),  # too many heads to cache the biases of all
+    Case(1, (18, 36), 6, 8, 18, 9, has_table=False, bias_types=0),  # the cache does not hold every head's bias
     Case(2, (5, 6, 7), 2, 8, (2, 3, 4), (1, 1, 2), has_table=False, has_pad_qkv=True, bias_types=0),
     Case(2, (5, 6, 7), 2, 8, (2, 3, 4), (1, 1, 2), has_table=False, has_pad_qkv=True, bias_types=3),
     Case(3, (8, 16), 2, 16, 4, 2, has_table=False, bias_types=8),
@@ -147,7 +147,7 @@ def test_many_windows_with_a_dense_bias(types):
 
 
 def embedded(x: torch.Tensor) -> torch.Tensor:
-    """Return a copy of ``x`` as a view of a larger tensor: not aligned to vectors, and with permuted axes."""
+    """Return a copy of ``x`` as an unaligned view of a larger tensor with permuted axes."""
     b, h, *others, c = x.shape
     storage = torch.full((h, b, *(n + 1 for n in others), 2 * c + 3), math.nan)
     view = storage.to(x.dtype).transpose(0, 1)[(slice(None),) * 2 + (slice(1, None),) * len(others)][..., 1 : 1 + c]
@@ -236,7 +236,7 @@ def test_empty_batch():
 
 
 def test_logit_scale_at_the_clamp():
-    """ln 100 rounded to float32 exceeds ln 100, so a logit scale of this value gets no gradient, as in torch.clamp."""
+    """ln 100 rounded to float32 exceeds ln 100, so a logit scale of this value has gradient 0, as in torch.clamp."""
     case = Case(1, (8, 8), 3, 16, 4, 2, has_logit_scale=True)
     inputs = case.inputs(torch.float32)
     bound = torch.tensor(math.log(100.0))

@@ -11,7 +11,7 @@ from tests import emulation
 
 @pytest.fixture
 def library() -> Iterator[emulation.WindowAttentionLibrary]:
-    """Yield the library of emulated kernels, with its default settings before and after the test."""
+    """Yield the library of emulated kernels, and reset its settings before and after the test."""
     built = emulation.window_attention_library()
     built.configure()
     yield built

@@ -43,7 +43,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(library, name, dtype):
-    """The gradient of a table of one row is a sum of terms that cancel to zero."""
+    """The terms of the gradient of a table with one row cancel to zero."""
     has_one_row = 1 in CASES[name].window_tuple
     check_window_attention(library.window_attention_qkvpacked, CASES[name], dtype, cancels=has_one_row)
 
@@ -73,7 +73,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 @pytest.mark.parametrize("window", [(7, 7), (8, 8), (4, 16), (14, 14)], ids=str)
 def test_little_shared_memory(library, window):
-    """Four rows of warps need more than 99 KB, and two strips of two rows would have too few to find the tokens."""
+    """With 49 to 64 tokens, blocks of four warps need more than 99 KB, so blocks have three warps, the minimum."""
     library.configure(shared_bytes=99 * 1024)
     case = Case(1, tuple(2 * w for w in window), 1, 16, window, 1)
     check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16)
@@ -83,7 +83,7 @@ def test_little_shared_memory(library, window):
 def test_tables_of_more_digits_than_the_maps(library, dtype):
     """The products of queries and tables reach 100; a single rounding to bfloat16 would change them by up to 0.2.
 
-    The gradient of q is left out: its terms cancel, because a row of dS sums to zero.
+    The gradient of q is left out: its terms cancel, because every row of dS sums to zero.
     """
     case = Case(1, (9, 12), 1, 32, (9, 12))
     inputs = case.inputs(dtype)
@@ -137,7 +137,7 @@ def test_what_is_not_finite_stays_in_its_window(library):
     ids=str,
 )
 def test_other_calls_are_refused(library, case):
-    """The launch functions also refuse the calls that the support check refuses with a reason."""
+    """Calls that the support check rejects are rejected by the launch functions, too."""
     with pytest.raises(RuntimeError):
         run_case(library.window_attention_qkvpacked, case.inputs(torch.bfloat16), case.arguments())
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emul
 
 @pytest.fixture(params=[0, 1, 2])
 def library(request: pytest.FixtureRequest) -> emulation.Library:
-    """Return the library of the emulator's self-test, once for each of three schedules."""
+    """Return the library of the emulator's self-test, set to each of three schedules in turn."""
     built = emulation.self_test_library()
     built.configure(seed=request.param)
     return built

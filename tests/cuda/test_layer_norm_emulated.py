@@ -172,7 +172,7 @@ FAR_FROM_ZERO = [
 
 @pytest.mark.parametrize("case", FAR_FROM_ZERO, ids=str)
 def test_rows_far_from_zero(library, case):
-    """The mean is 1000 times the deviation, so mean square minus squared mean would have no correct digit."""
+    """The mean is 1000 times the deviation, so a variance computed as E[x^2] - E[x]^2 would lose nearly all digits."""
     check(library, case)
 
 
@@ -214,7 +214,7 @@ def test_same_bits_whatever_the_schedule(library, case):
 @pytest.mark.parametrize("multiprocessors", [1, 3, 100])
 @pytest.mark.parametrize("case", [merging(3, 6, 6, 8), plain(41, 24), plain(7, 768)], ids=str)
 def test_any_number_of_multiprocessors(library, case, multiprocessors):
-    """The grid ranges from one block that loops over everything to more blocks than there is work for."""
+    """The grid ranges from one block that loops over all rows to more blocks than the rows need."""
     library.configure(multiprocessors=multiprocessors)
     check(library, case)
 

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNAVAILABLE is not None, reaso
 DEVICE = "cuda"
 OPS = torch.ops.swinkernels
 
-# Calls of published models at the sizes with a speed goal, with smaller batches.
+# Calls of published models at the shapes that have a speed goal, with smaller batches.
 MODELS = [
     NormCase("patch_merging_norm", (4, 56, 56, 96), factor=(1, 2, 2)),
     NormCase("patch_merging_norm", (4, 28, 28, 192), factor=(1, 2, 2)),
@@ -131,7 +131,6 @@ def test_opcheck(case: NormCase) -> None:
         torch.library.opcheck(getattr(OPS, name).default, args)
 
 
-# The public functions, each with its tensor arguments, which all get a gradient.
 def draw(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
@@ -141,6 +140,7 @@ def norm_parameters(length: int, prefix: str = "") -> dict[str, tuple[int, ...]]
     return {f"{prefix}weight": (length,), f"{prefix}bias": (length,)}
 
 
+# The public functions and their tensor arguments, all of which require a gradient.
 PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
     "layer_norm": (swinkernels.layer_norm, draw(x=(2, 9, 7, 96), **norm_parameters(96))),
     "patch_merging": (
@@ -215,7 +215,7 @@ def test_autocast(name: str, low: torch.dtype) -> None:
     """Parameters and residual stream are float32; the input and output of a Linear have the autocast dtype."""
     inputs = {n: x.to(DEVICE) for n, x in PUBLIC[name][1].items()}
     if "y" in inputs:
-        inputs["y"] = inputs["y"].to(low)  # from the Linear at the end of a branch
+        inputs["y"] = inputs["y"].to(low)  # the output of the branch's last Linear
     exact = run_public(name, {n: x.cpu().double() for n, x in inputs.items()}, "reference")
     with torch.autocast(DEVICE, low):
         got = run_public(name, inputs, "cuda")
@@ -274,7 +274,7 @@ def test_side_stream_and_cuda_graph(case: NormCase) -> None:
     ids=kind,
 )
 def test_more_than_two_to_the_31_elements(case: NormCase) -> None:
-    """The last images of a huge batch have the same results as in a batch of their own."""
+    """The last images of a huge batch give the same results as in a batch of their own."""
     if torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("needs 48 GiB of free GPU memory")
     case = replace(case, pair=(BF16, BF16), has_weight=False, has_bias=False)

@@ -21,7 +21,7 @@ def _regions(*frame: int) -> torch.Tensor:
     return torch.randint(0, 3, frame, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
 
-# Windows of 81 to 1,024 tokens: even and odd rows, whole and partial steps of 16, from one strip of queries to 64.
+# Windows of 81 to 1,024 tokens: even and odd sides, whole and partial steps of 16 keys, 1 to 64 strips of queries.
 CASES = {
     "9 x 9, rolled first": Case(2, (9, 10), 2, 16, 9, 4, has_pad_qkv=True, options=ROLL_THEN_PAD),
     "12 x 12, seam": Case(1, (12, 24), 2, 32, 12, 6),
@@ -139,7 +139,7 @@ def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
 def test_low_scores_leave_the_gradient_of_keys_alone(library, options, window):
     """All scores are near -50, but keys past the window, which are zeros, would have scores near zero.
 
-    In float16, the factor that scales dS depends on its largest value, which must not be that of a key past the window.
+    In float16, dS is scaled by a factor that depends on its largest value, to which those keys must not contribute.
     """
     case = Case(1, window, 1, 32, window, 0, **options)
     inputs = case.inputs(torch.float16)

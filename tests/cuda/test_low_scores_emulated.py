@@ -1,4 +1,4 @@
-"""Tests the CUDA kernels, run on the CPU by the emulator, in cases with low scores."""
+"""Tests the CUDA kernels, run on the CPU by the emulator, on cases with low scores."""
 
 from __future__ import annotations
 

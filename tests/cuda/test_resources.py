@@ -121,7 +121,7 @@ def parse_resource_usage(report: str) -> list[KernelResources]:
 
 
 def resource_usage(path: str | Path) -> list[KernelResources]:
-    """Return the resources of the kernels in an object file or library, per architecture."""
+    """Return the resources of each kernel in an object file or library, for each architecture."""
     return parse_resource_usage(run([tool("cuobjdump"), "--dump-resource-usage", path]))
 
 

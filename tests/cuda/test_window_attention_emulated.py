@@ -59,7 +59,7 @@ def _check(
         with pytest.MonkeyPatch.context() as patch:
             if case.has_logit_scale:
                 # A factor of up to 100 multiplies the cosines and the rounding errors of their TF32 operands. The
-                # budget depends on the error of the float32 reference, so that also rounds its operands to TF32.
+                # budget depends on the float32 reference's error, so the reference also rounds its operands to TF32.
                 patch.setattr(Tensor, "__matmul__", _matmul_in_tf32)
             return check_window_attention(op, case, torch.float32, eps=TF32_EPS, seed=seed, rounds_unit_rows=True)
     op = functools.partial(library.window_attention_qkvpacked, **arguments)
@@ -347,11 +347,11 @@ def test_dropout_rate_and_seeds():
         rows, columns = kept.double().mean((0, 1, 2, 4)), kept.double().mean((0, 1, 2, 3))
         assert ((rows - 0.7).abs() < 0.1).all() and ((columns - 0.7).abs() < 0.1).all()
     agreement = (a == b).double().mean()
-    assert abs(agreement - (p * p + (1 - p) ** 2)) < 0.01  # the value for independent draws
+    assert abs(agreement - (p * p + (1 - p) ** 2)) < 0.01  # the value for independent masks
 
 
 def test_philox_is_that_of_the_paper():
-    """The output equals the known answers of its authors' library, Random123 (kat_vectors, philox4x32 10)."""
+    """The output equals the known answers in Random123, the Philox authors' library (kat_vectors, philox4x32 10)."""
     answers = {
         (0x00000000,) * 6: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
         (0xFFFFFFFF,) * 6: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
@@ -461,7 +461,7 @@ def test_same_bits_whatever_the_schedule(library, case, arithmetic):
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 7, 200])
 def test_any_number_of_multiprocessors(library, multiprocessors):
-    """The grid ranges from one block that loops over everything to more blocks than there is work for."""
+    """The grid ranges from one block that loops over all windows to more blocks than the windows need."""
     library.configure(multiprocessors=multiprocessors)
     for case in (
         Case(3, (8, 6), 2, 32, 4, 1, has_pad_qkv=True),
@@ -531,7 +531,7 @@ def test_short_windows_have_the_same_bits_whatever_the_schedule(library, name, a
     library.check_schedules(
         lambda: run_case(library.window_attention_qkvpacked, inputs, case.arguments()),
         seeds=(1, 2, 3),
-        multiprocessors=1,  # a block reuses its tiles
+        multiprocessors=1,  # blocks reuse their tiles
     )
 
 
@@ -558,7 +558,7 @@ def test_inference_without_lse_has_the_bits_of_training(library, case, arithmeti
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift", [-300.0, -200.0, -60.0, 60.0, 200.0, "rows"], ids=str)
 def test_scores_far_from_zero(library, shift, dtype):
-    """A constant added to a row of scores changes nothing; in bfloat16, the maximum is computed only if needed."""
+    """A constant added to a row of scores changes nothing; in bfloat16, the row maximum is computed only if needed."""
     case = SHORT16["dense"]
     inputs = case.inputs(dtype)
     offset = torch.linspace(-250, 250, 49)[:, None] if shift == "rows" else shift
@@ -621,7 +621,7 @@ def test_lse(library):
     offset = (token // 4)[:, None] - (token // 4) + 3, (token % 4)[:, None] - token % 4 + 3
     bias = inputs["bias_table"].double()[offset[0] * 7 + offset[1]].permute(2, 0, 1)
     expected = torch.logsumexp(q @ k.mT / math.sqrt(16) + bias, -1)
-    # lse is the logarithm of the sum of rounded probabilities, by which the output is divided.
+    # The kernels compute lse from the sum of the rounded probabilities, by which they also divide the output.
     torch.testing.assert_close(lse.double(), expected, rtol=0, atol=torch.finfo(torch.float16).eps / 2)
 
 
@@ -665,7 +665,7 @@ def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> N
     q, k, v = qkv.chunk(3, dim=-1)
     dq, dk, dv = got["dqkv"].reshape(qkv.shape).chunk(3, dim=-1)
     assert torch.equal(got["out"].reshape(v.shape), v)
-    # The probability is one up to the rounding of lse; if it were exactly one, the gradients would be dout and zero.
+    # With a probability of exactly one, dv would be dout and the other gradients zero, but lse is rounded.
     torch.testing.assert_close(dv, dout, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     most = torch.finfo(torch.bfloat16).eps * (dout.double() * v.double()).sum(-1).abs().max()
     for name, x, factor in (("dq", dq, k), ("dk", dk, q)):

@@ -106,7 +106,7 @@ def test_cosine_attention_and_dense_biases(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference uses the dropout mask of the kernels."""
+    """The reference uses the kernels' dropout mask."""
     case = DROPOUT[name]
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3))
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
@@ -230,7 +230,7 @@ def test_a_call_is_the_same_on_every_stream() -> None:
 
 
 def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
-    """Both passes of a replay drop the same pairs: out is linear in v, so out * dout and v * dv have equal sums."""
+    """Both passes of a replay use the same mask: out is linear in v, so out * dout and v * dv have equal sums."""
     case = WindowAttentionCase(8, (28, 28), 6, 32, 7, 3, options={"dropout_p": 0.3})
     inputs = case.inputs(torch.float32, DEVICE)
     qkv = inputs["qkv"].requires_grad_()
@@ -258,7 +258,7 @@ def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """The last images of a batch of more than 2 ** 16 windows have the same results as in a batch of their own."""
+    """The last images of a batch of more than 2 ** 16 windows give the same results as in a batch of their own."""
     batch = 2400
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
@@ -293,7 +293,7 @@ def test_accelerated_timm_model(backend: str, name: str, fullgraph: bool) -> Non
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=224, num_classes=10, drop_path_rate=0.0).to(DEVICE).eval()
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):  # v2 initialises them to 0, which makes its branches zero
+        if isinstance(module, torch.nn.LayerNorm):  # v2 initialises the weights to 0, so branches return 0
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     accelerated = copy.deepcopy(model)
     report = swinkernels.accelerate(accelerated, backend=backend)

@@ -133,7 +133,7 @@ def test_rows_that_begin_anywhere(library, offset):
 
 
 def with_odd_stride(library: emulation.Library, shape: Sequence[int], axis: int) -> Tensor:
-    """Return rows of random bytes; of the strides between rows, only that along ``axis`` is no multiple of 16."""
+    """Return random bytes of ``shape``; all strides are multiples of 16, except those of ``axis`` and the last axis."""
     strides = [1]
     for i in reversed(range(len(shape) - 1)):
         strides.insert(0, math.ceil(strides[0] * shape[i + 1] / 16) * 16 + (i == axis))

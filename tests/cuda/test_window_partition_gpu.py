@@ -181,7 +181,7 @@ def test_more_than_65535_windows(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """The last images of a huge batch have the same results as in a batch of their own."""
+    """The last images of a huge batch give the same results as in a batch of their own."""
     needs_free_memory(18)
     case = Case(7200, (56, 56), (7, 7), (3, 3))
     x = draw(case.batch, 56, 56, 96)

@@ -1,10 +1,10 @@
 """Runs the CUDA kernels of csrc/ on the CPU, so that tests cover them without a GPU or a CUDA toolkit.
 
 The C++ compiler compiles the kernel sources unchanged. ``include/`` shadows the toolkit's headers with the few types,
-intrinsics and collectives that kernels use, and has twins of ``kernels/common/ptx.cuh`` (every PTX instruction) and
-``launch.cuh`` (launches, dynamic shared memory). ``simt.cpp`` runs a block as one fiber per CUDA thread: a lane runs
-until a barrier, shuffle, vote, ldmatrix or mma and waits there for the others. Then the result of the instruction is
-computed in its documented fragment layout, with float32 accumulation. Index arithmetic, layouts, masks, barriers and
+intrinsics and collectives that kernels use, and has CPU versions of ``kernels/common/ptx.cuh`` (every PTX instruction)
+and ``launch.cuh`` (launches, dynamic shared memory). ``simt.cpp`` runs a block as one fiber per CUDA thread: a lane
+runs until a barrier, shuffle, vote, ldmatrix or mma and waits there for the others. Then the result of the instruction
+is computed in its documented fragment layout, with float32 accumulation. Index arithmetic, layouts, masks, barriers and
 reductions are therefore those of the kernel. Time, occupancy, memory visibility between blocks, the last bit of the
 approximate functions and the order in which a tensor core adds are not modelled.
 
@@ -75,7 +75,7 @@ _COMPILE_JOBS = 2
 
 
 def compiler() -> str | None:
-    """Return the path of $CXX (g++ by default), or None. Clang lacks -fno-gnu-unique and has other sanitizer flags."""
+    """Return the path of $CXX (g++ by default), or None. It must be GCC: Clang lacks -fno-gnu-unique."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
@@ -170,7 +170,7 @@ def _make(out: Path, command: list[str]) -> None:
         done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
-        part.replace(out)  # a file of this name is always complete
+        part.replace(out)  # atomic: if ``out`` exists, it is complete
 
 
 class LaunchError(RuntimeError):
@@ -186,7 +186,7 @@ class Launch(NamedTuple):
 
 
 class Library:
-    """A built library: launches its kernels and allocates their memory."""
+    """A compiled library of kernels: launches them and allocates their memory."""
 
     def __init__(self, path: Path):
         self.functions = ctypes.CDLL(str(path))
@@ -364,7 +364,7 @@ class _Backward(ctypes.Structure):
 
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-WORKSPACE_ALIGNMENT = 256  # the minimum of torch's allocator
+WORKSPACE_ALIGNMENT = 256  # torch's CUDA allocator aligns memory to at least this
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -503,7 +503,7 @@ class _Call:
         return {name: x.clone() for name, x in gradients.items()}
 
 
-# Tensors other than the maps that may have gradients.
+# The tensors that may require gradients, besides the maps.
 _DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv", "axis_tables")
 
 
@@ -597,7 +597,7 @@ class WindowAttentionLibrary(Library):
     def find_tokens(
         self, size: Sequence[int], window: Sequence[int], shift: Sequence[int], item: int = 0, batch: int = 1
     ) -> Tensor | None:
-        """Return the indices of the tokens of window ``item`` that the kernels for short windows in 16 bits compute.
+        """Return the token indices of window ``item``, as computed by the kernels for short windows in 16 bits.
 
         Return None if these kernels do not support maps of this size. Only the strides of the maps are used, so no map
         is allocated.
@@ -617,7 +617,7 @@ class WindowAttentionLibrary(Library):
     def workspace_bytes(
         self, qkv: Tensor, wanted: Collection[str], bias_table: Tensor | None = None, **arguments: Any
     ) -> int:
-        """Return the workspace size of the backward pass; ``wanted`` names the tables that get a gradient."""
+        """Return the workspace size of the backward pass; ``wanted`` names the tables that need a gradient."""
         call = _Call(self, self.normal_form(qkv, bias_table, **arguments), qkv)
         maps = (_token_map(x) for x in call.qkv.unbind(4))
         params = _Backward(call.params, _token_map(call.out), *maps)  # nothing is read or written

@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 
 
 def attach() -> None:
-    """Let backend "cuda" accept CPU tensors, and make all other backends but "reference" unavailable."""
+    """Let backend "cuda" accept CPU tensors, and make every backend except "cuda" and "reference" unavailable."""
     from swinkernels.ops import _backends
 
     def reasons(backend: str, op: str, device: torch.device) -> list[str]:

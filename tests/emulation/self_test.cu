@@ -6,7 +6,7 @@
 namespace swinkernels {
 namespace {
 
-// d (16 x 8) = a (16 x K, row-major) * b (K x 8, row-major) of 16-bit elements, through ldmatrix.
+// d (16 x 8) = a (16 x K, row-major) * b (K x 8, row-major) of 16-bit elements, loaded with ldmatrix.
 template <class T, int K>
 __global__ void mma16_kernel(const T* a, const T* b, float* d) {
   auto a_smem = reinterpret_cast<T*>(dynamic_smem());
@@ -57,7 +57,7 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
   }
 }
 
-// Writes 16 x 40 float16 numbers from fragments to rows 16 to 31 of a tile of 64 columns: with stmatrix, without it, or
+// Writes 16 x 40 float16 values from fragments to rows 16 to 31 of a tile of 64 columns: with stmatrix, without it, or
 // only to rows below row_limit.
 __global__ void write_packed_kernel(const uint32_t* x, uint32_t* y, int how, int row_limit) {
   using Tile = SmemTile<__half, 64>;
@@ -94,8 +94,8 @@ __global__ void shuffle_kernel(const int* x, int* y) {
   if (lane < 8) y[lane] += __shfl_xor_sync(0x000000ffu, x[lane], 1);  // only part of the warp
 }
 
-// Copies `rows` rows of 256 floats from x to y in a persistent loop; the last 4 floats of a row become zero. Each of 64
-// threads writes the 4 floats that a thread of the other warp has fetched.
+// Copies `rows` rows of 256 floats from x to y in a persistent loop, with zeros for the last 4 floats of a row. Each of
+// 64 threads writes the 4 floats that a thread of the other warp has fetched.
 __global__ void async_kernel(const float* x, float* y, int rows, bool wait, bool barrier) {
   auto smem = reinterpret_cast<float*>(dynamic_smem());
   const int thread = threadIdx.x, neighbour = (thread + 32) % 64;

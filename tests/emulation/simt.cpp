@@ -62,7 +62,7 @@ void switch_context(Context& save, Context& load) { swinkernels_emulation_switch
 void make_context(Context& context, unsigned char* stack, void (*entry)()) {
   constexpr int kSavedRegisters = 6;
   auto top = reinterpret_cast<void**>(stack + kStackBytes);
-  *--top = nullptr;  // the return address of entry, which never returns; also its stack alignment
+  *--top = nullptr;  // the return address of entry, which never returns; also aligns its stack
   *--top = reinterpret_cast<void*>(entry);
   top -= kSavedRegisters;
   std::fill(top, top + kSavedRegisters, nullptr);
@@ -100,7 +100,7 @@ struct Lane {
   BlockVote vote;
   bool predicate;
   Site site;
-  std::vector<Copy> copies;    // issued and not yet done, oldest first
+  std::vector<Copy> copies;    // issued but not completed, oldest first
   std::vector<size_t> groups;  // for each committed group, the number of copies up to its end
 };
 
@@ -112,7 +112,7 @@ struct GuardedMapping {
 constexpr size_t kLaunchesKept = 64;
 
 struct Engine {
-  std::vector<Lane> lanes;  // kept between launches for their stacks
+  std::vector<Lane> lanes;  // kept between launches, to reuse their stacks
   int threads = 0;
   int alive = 0;
   std::vector<uint32_t> waiting;  // per warp, the lanes in a warp collective
@@ -127,7 +127,7 @@ struct Engine {
   bool failed = false;
   std::string error;
   int multiprocessors = 2;
-  int shared_bytes = kMaxDynamicSmemBytes;  // the maximum for a launch
+  int shared_bytes = kMaxDynamicSmemBytes;  // the maximum dynamic shared memory of a launch
   std::deque<LaunchShape> launches;         // the last kLaunchesKept that emulation_next_launch() has not returned
   uint64_t seed = 0;
   std::map<void*, GuardedMapping> allocations;
@@ -411,7 +411,7 @@ void warp_collective(const Collective& collective) {
   lane.state = State::kInWarpCollective;
   waiting |= 1u << self;
   // Lanes that wait for each other must be in the same collective. An arriving lane is compared with only one lane that
-  // has arrived before it, because the last lane is compared with all others.
+  // has arrived before it, because the last lane to arrive is compared with all others.
   const uint32_t arrived = collective.mask & waiting;
   const bool all_arrived = arrived == collective.mask;
   void* operands[kWarpSize] = {};

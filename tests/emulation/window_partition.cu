@@ -1,5 +1,5 @@
-// Python interface to the launch functions of csrc/params/window_partition_cuda.h, run by the emulator. A limit on the
-// vectors per launch splits the work into several launches, as for a huge tensor.
+// Python interface to the launch functions of csrc/params/window_partition_cuda.h, run by the emulator. A nonzero
+// max_vectors limits the vectors per launch, which splits the work into several launches, as for a huge tensor.
 #include "kernels/cuda/window_partition/launch.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

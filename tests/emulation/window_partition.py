@@ -31,7 +31,7 @@ class Params(ctypes.Structure):
 
 
 class WindowPartitionLibrary(emulation.Library):
-    """Runs the kernels on uncopied tensors, so that tests control strides, alignment and surrounding memory."""
+    """The kernels, run on uncopied tensors, so that tests control strides, alignment and surrounding memory."""
 
     def __init__(self, path: Path):
         super().__init__(path)

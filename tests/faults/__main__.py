@@ -27,7 +27,7 @@ from tests.faults import Fault, all_faults
 ROOT = Path(__file__).resolve().parents[2]
 # Sources that are compiled into the extension. The emulator compiles the CUDA kernels itself.
 COMPILED = ("csrc/kernels/cpu/", "csrc/bindings/")
-_MINUTES = 30  # a test that hangs has not detected the fault
+_MINUTES = 30  # per test run; a test that hangs has not detected the fault
 
 
 class Copy:
@@ -54,7 +54,7 @@ class Copy:
 
     def run(self, tests: list[str]) -> tuple[dict[str, int], str]:
         """Run ``tests``; return the number of tests with each outcome, and pytest's output."""
-        # CI makes Hypothesis draw the same examples every time. -O0 saves time, as a compiled kernel runs in few tests.
+        # $CI makes Hypothesis draw the same examples every time. -O0 saves time, as few tests run each compiled kernel.
         environment = {**os.environ, "CI": "1", "SWINKERNELS_EMULATION_FLAGS": "-O0"}
         if all(test.startswith("tests/triton/") for test in tests):
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # no other tests run in this process

@@ -1,4 +1,4 @@
-"""Tests that the smoke step detects a planted fault, reports it in one line, and loses no other result."""
+"""Tests that the smoke step detects a planted fault, reports it in one line, and keeps all other results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests all steps of `make gpu-check REHEARSE=1`, which runs the code for a GPU on emulated and interpreted kernels."""
+"""Tests all steps of `make gpu-check REHEARSE=1`, the GPU check with emulated and interpreted kernels."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
     norms = {op for op, bench in memory_bound.BENCHES.items() if bench.bare_backward}
     assert norms <= {op for op, *_ in seen}
     of_cases = {x["case"] for x in found if x["step"] == "smoke" and x["group"] == "attention cuda bfloat16 0/1"}
-    assert of_cases >= {*smoke.ATTENTION} - {f"swin_t.{i}" for i in (2, 3)}  # their tiny versions equal swin_t.1's
+    assert of_cases >= {*smoke.ATTENTION} - {f"swin_t.{i}" for i in (2, 3)}  # smoke.tiny makes them equal to swin_t.1
     of_triton = {(x["op"], x["direction"]) for x in found if x["step"] == "smoke" and x.get("backend") == "triton"}
     assert {("window_attention", "fwd"), ("window_attention", "bwd"), ("window_partition", "fwd")} <= of_triton
 

@@ -26,7 +26,7 @@ from tests import emulation
 
 
 class Told(Emitter):
-    """Records the lines passed to it."""
+    """An Emitter that records the result lines passed to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def test_a_tool_runs_the_calls(
     (line,) = run(sanitize.cases, "racecheck", Setting())
     assert line["result"] == result
     arguments, no_cache = json.loads(log.read_text())
-    assert no_cache == "1"  # otherwise torch's own pool hides accesses beyond a tensor
+    assert no_cache == "1"  # otherwise torch's memory pool hides out-of-bounds accesses
     assert arguments[:2] == ["--tool", "racecheck"]
     assert arguments[-1] == f"from gpu import sanitize; sanitize.run('cuda', 'cuda', {sanitize.DOZEN})"
     log.unlink()
@@ -153,7 +153,7 @@ def test_the_calls_have_every_op() -> None:
     }
     import swinkernels.ops
 
-    # decompositions returns a table; the halves are compositions of the ops.
+    # decompositions returns a table, and the halves are composed of other ops.
     assert names == {*swinkernels.ops.__all__} - {"decompositions", "attention_half", "mlp_half"}
 
 
@@ -199,7 +199,7 @@ def test_a_profile_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_triton_asks_to_be_called_before_a_capture() -> None:
-    """In place of compiling a kernel, the test calls the hook that Triton calls before it compiles."""
+    """``compiles`` does not compile a kernel, but calls the hook that Triton calls before compiling."""
     knobs = pytest.importorskip("triton.knobs")
 
     def compiles(x: int) -> int:

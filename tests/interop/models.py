@@ -1,4 +1,4 @@
-"""Small models of several libraries, built as users build them before accelerate and export."""
+"""Small models of several libraries, built as users build them before they accelerate and export them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_imports(project: Path) -> None:
-    """Imports are from the standard library, torch or Triton, or are relative and lead to a file."""
+    """Absolute imports name the standard library, torch or Triton; relative imports a file, a folder or ``_ops``."""
     package = project / "torch-ext" / "swinkernels"
     files = sorted(package.rglob("*.py"))
     assert len(files) > 30
@@ -66,7 +66,7 @@ def test_a_folder_with_files_is_refused(project: Path) -> None:
 
 
 def test_build_toml(project: Path) -> None:
-    """kernel-builder's own parser accepts the file, which lists every source."""
+    """``build.toml`` lists every source, and kernel-builder's own parser accepts it."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML")
     build = tomllib.loads((project / "build.toml").read_text())
     listed = {part: build[part]["src"] if part == "torch" else build["kernel"][part]["src"] for part in ("torch",)}
@@ -107,7 +107,7 @@ def add_op_namespace_prefix(name):
 
 
 def build_for_the_cpu(project: Path, variant: Path) -> None:
-    """Build the project for the CPU, as kernel-builder does, in the folder ``variant``."""
+    """Build the CPU variant of ``project`` in the folder ``variant``, as kernel-builder does."""
     import tomllib
 
     build = tomllib.loads((project / "build.toml").read_text())

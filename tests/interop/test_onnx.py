@@ -90,7 +90,7 @@ def test_openvino_without_onnx(name: str) -> None:
 
 
 class Others(nn.Module):
-    """A model that calls the ops whose kernels exist only for GPUs. The exported model runs none of these kernels."""
+    """A model that calls the ops that have kernels for GPUs only; the exported model runs none of these kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
         ops = torch.ops.swinkernels

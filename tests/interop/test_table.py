@@ -63,7 +63,7 @@ def test_refused(record_property): record_property("words", "not E")
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.long)])
 def test_the_recorder(tmp_path: Path, workers: str, request: pytest.FixtureRequest) -> None:
-    """A failed test is recorded, and a row whose tests are all skipped is left unchanged, also with several workers."""
+    """With and without pytest-xdist, failed tests are recorded, and a row whose tests are all skipped is kept."""
     if workers != "0":
         pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     (tmp_path / "test_probe.py").write_text(PROBE)

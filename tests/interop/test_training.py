@@ -91,7 +91,7 @@ def test_int8_weights_keep_the_op(first: str) -> None:
 
 @pytest.mark.tool("torchao: quantisation-aware training", "torchao", "`examples/training/with_torchao.py`")
 def test_quantisation_aware_training() -> None:
-    """Gradients of fake-quantised layers, and the op's outputs with converted int8 weights, equal the original's."""
+    """An accelerated model matches the plain one: gradients with fake quantisation, and output with int8 weights."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from torchao.quantization.granularity import PerAxis
     from torchao.quantization.qat import QATConfig
@@ -114,7 +114,7 @@ def test_quantisation_aware_training() -> None:
     (want, expected), (got, out) = results
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    # An activation that is rounded differently is off by one step of its token's int8 scale.
+    # A rounding difference can change a quantised activation by one step of its token's int8 scale.
     assert (out - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
@@ -132,7 +132,7 @@ print(json.dumps({name: counters[name] for name in ("aot_autograd", "inductor")}
 @pytest.mark.long
 @pytest.mark.tool("`torch.compile`, caches", "torch", "a second process finds forward and backward")
 def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
-    """The second process loads the forward and backward graphs from the caches of AOTAutograd and inductor."""
+    """A second process loads the compiled forward and backward graphs from the caches of AOTAutograd and Inductor."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     counters = []
     for _ in range(2):
@@ -149,7 +149,7 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
 
 @pytest.mark.tool("`torch.func`: `vmap`, `grad`, `jacrev`", "torch")
 def test_gradients_per_sample() -> None:
-    """torch.func's vmap over grad gives the original's per-sample gradients for an accelerated model."""
+    """``vmap(grad(loss))`` gives the same per-sample gradients for the original and the accelerated model."""
 
     def per_sample(module: nn.Module) -> dict[str, Tensor]:
         def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:

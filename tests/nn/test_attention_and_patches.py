@@ -49,7 +49,7 @@ def torchvision_embed() -> nn.Module:
 
 
 class MicrosoftPatchMerging(nn.Module):
-    """Merges patches exactly as Microsoft's models and Swin-Unet do, on sequences."""
+    """Patch merging on sequences, exactly as in Microsoft's models and Swin-Unet."""
 
     def __init__(self, size: tuple[int, int], dim: int, is_v2: bool = False) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MicrosoftPatchMerging(nn.Module):
 
 
 class SwinUnetPatchExpand(nn.Module):
-    """Expands patches exactly as Swin-Unet does, with einops on sequences; factor=4 is its FinalPatchExpand_X4."""
+    """Patch expansion on sequences with einops, as in Swin-Unet; factor=4 gives its FinalPatchExpand_X4."""
 
     def __init__(self, size: tuple[int, int], dim: int, factor: int) -> None:
         super().__init__()
@@ -98,14 +98,14 @@ class Pair:
         return values
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
-        """Return both modules in float64 with the same parameters, loaded from a checkpoint."""
+        """Return ``(ours, theirs)`` in float64, with the state dict of ``theirs`` loaded into ``ours``."""
         theirs = randomised(self.theirs())
         ours = self.ours().double()
         ours.load_state_dict(self.by_our_names(theirs.state_dict()), strict=True)
         return ours, theirs
 
     def run(self, module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        """Return the output and all gradients, named as in our module."""
+        """Return the output and all gradients of ``module``, under the parameter names of ``ours``."""
         x = x.clone().requires_grad_()
         is_ours = type(module).__module__.startswith("swinkernels")
         out = self.result(module(x, size=self.size) if self.size else module(x)) if is_ours else module(x)
@@ -115,7 +115,7 @@ class Pair:
         return {"out": out.detach(), **dict(zip(values, grads, strict=True))}
 
 
-# Permutes channels-last to channels-first, the layout of MONAI's PatchEmbed.
+# Permutes channels-last output to channels-first, the layout of MONAI's PatchEmbed.
 first = lambda y: y.movedim(-1, 1)  # noqa: E731
 PAIRS = {
     "timm": Pair(lambda: PatchMerging(C), lambda: timm("PatchMerging", C), (2, 5, 4, C)),
@@ -129,7 +129,7 @@ PAIRS = {
     ),
     "torchvision": Pair(lambda: PatchMerging(C), lambda: torchvision("PatchMerging", C), (2, 4, 5, C)),
     "torchvision_v2": Pair(lambda: PatchMergingV2(C), lambda: torchvision("PatchMergingV2", C), (2, 3, 6, C)),
-    # Video-Swin merges a 3D map frame by frame; torchvision's module does so because it treats frames as a batch axis.
+    # Video-Swin merges a 3D map frame by frame; torchvision's module treats the frames as a batch axis.
     "frames": Pair(lambda: PatchMerging(C), lambda: torchvision("PatchMerging", C), (2, 3, 5, 4, C)),
     "monai_2d": Pair(
         lambda: PatchMerging(C, order="monai"), lambda: monai("PatchMerging", C, spatial_dims=2), (2, 5, 4, C)
@@ -205,7 +205,7 @@ def test_published_module(pair, dtype, tolerance):
 
 @every_pair
 def test_bfloat16(pair):
-    """All results of a bfloat16 model are bfloat16; the output's error is at most a few roundings."""
+    """Output and gradients of a bfloat16 module are bfloat16; the output's error is at most a few rounding errors."""
     ours, theirs = pair.modules()
     ours = ours.bfloat16()
     theirs.load_state_dict({k: v.bfloat16().double() for k, v in theirs.state_dict().items()})
@@ -242,7 +242,7 @@ def test_initialisation_is_the_published_one(pair):
 @every_pair
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(pair, low):
-    """Under autocast, outputs have the dtypes of torch's layers on a GPU: a Linear's is ``low``, a norm's float32."""
+    """Under autocast, a module that ends with a norm returns float32, others ``low``, like torch's layers on a GPU."""
     ours, theirs = (m.float() for m in pair.modules())
     ends_with_norm = not isinstance(ours, PatchMerging) and ours.norm is not None
     with torch.autocast("cpu", low):
@@ -319,7 +319,7 @@ def test_a_sequence_is_its_map(name, spatial_dims, size):
 
 
 def test_expanding_in_3d():
-    """With spatial_dims=2, each frame is expanded separately; with 3, a token's parts are in row-major order."""
+    """``spatial_dims=2`` expands each frame separately; ``spatial_dims=3`` with factor (1, 2, 2) does the same."""
     x = draw(2, 3, 2, 4, C).float()
     frames = PatchExpand(C, 5)
     assert torch.equal(frames(x)[:, 1], frames(x[:, 1]))
@@ -330,7 +330,7 @@ def test_expanding_in_3d():
 
 
 def test_backends_are_named_to_the_ops(plain_kernels):
-    """``backend`` is passed to the ops: a kernel runs, or the error gives the backend's reason."""
+    """The module's ``backend`` is passed to the ops: its kernel runs, or the error names the backend."""
     for module, shape in (
         (PatchMerging(C), (2, 5, 4, C)),
         (PatchMergingV2(C), (2, 5, 4, C)),
@@ -357,7 +357,7 @@ def test_meta_device_and_dtype():
 
 
 def test_embed_is_contiguous_channels_last():
-    """The convolution writes the map in its final layout, so no copy is needed."""
+    """The convolution writes its output channels-last, so the result is contiguous without a copy."""
     for has_norm in (False, True):
         assert PatchEmbed(norm=has_norm)(draw(2, 3, 8, 12).float()).is_contiguous()
 
@@ -402,7 +402,7 @@ def test_repr():
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(4, 4)), ValueError, ["L = 16", "(4, 4)", "(2, 20, 6)"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=20), TypeError, ["PatchMerging: size", "(H, W)", "20"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(20,)), ValueError, ["PatchMerging: size", "(H, W)", "(20,)"]),
-        # unchecked, the op would merge two axes instead of three, because 4 * 12 = 8 * 6
+        # without this check, the op would merge two axes instead of three, because 4 * 12 = 8 * 6 channels
         (lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 4, 12)), ValueError, ["dim = 6 channels", "got 12"]),
         (
             lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 6)),

@@ -82,9 +82,9 @@ def test_block_is_timms(version, shift, size):
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("version", [1, 2])
 def test_block_is_microsofts(version, shift, size):
-    """A block takes sequences, and checkpoints with relative_position_index and attn_mask, as Microsoft's does."""
+    """Like Microsoft's block, ours takes sequences and loads the buffers relative_position_index and attn_mask."""
     theirs = (ClassificationBlock, ClassificationBlockV2)[version - 1](16, size, 2, 4, shift)
-    if version == 2:  # Microsoft's code has 512 hidden features
+    if version == 2:  # cpb_mlp has 512 hidden features in Microsoft's code
         theirs.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2, bias=False))
     ours = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, size, 2, 4, shift, mlp_ratio=2.0)
     x = make_map(2, size[0] * size[1], 16)
@@ -152,7 +152,7 @@ def test_windows_of_three_axes_and_frame_by_frame():
 
 
 def test_small_maps_clip_like_a_slice_of_the_index():
-    """For a clipped window, MONAI and Video-Swin use the first rows and columns of the full relative position index."""
+    """As in MONAI and Video-Swin, a clipped window uses the first rows and columns of the full window's index."""
     attention = sn.WindowAttention(16, (4, 4), 2, small_maps="clip").double()
     randomise(attention)
     x = make_map(1, 2, 8, 16, dtype=torch.float64)
@@ -208,7 +208,7 @@ def test_a_training_step_of_a_tiny_model_keeps_at_most_three_fifths_of_timms(ver
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
-    """A block calls its hooked or replaced submodules one by one; hooks do not change the results of the halves."""
+    """Hooked and replaced submodules of a block are called instead of the fused halves; hooks do not change results."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, (9, 14), 2, 4, 2).double()
     randomise(block)
     x = make_map(2, 9, 14, 16, dtype=torch.float64)
@@ -234,7 +234,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("version", [1, 2])
 def test_inference_on_a_cpu_fuses_the_products_of_halves(version, training):
-    """Without gradients, qkv, proj, fc1 with GELU, and fc2 are fused; in training mode, drop path draws as in timm."""
+    """Without gradients, qkv, proj, fc1 with GELU and fc2 are fused, also in training; drop path draws as in timm."""
     reason = why_not_fused(torch.float32)
     if reason is not None:
         pytest.skip(reason)
@@ -364,7 +364,7 @@ def test_tracing_is_refused_in_words_that_help():
 
 @pytest.mark.parametrize("accelerated", [False, True], ids=["ours", "timm"])
 def test_autocast_casts_each_weight_once_a_step(accelerated):
-    """The forward and backward pass of a block together cast each weight exactly once."""
+    """Under autocast, the forward and backward pass of a block together cast each weight exactly once."""
     block = TimmBlock(16, (8, 8), 2, window_size=4) if accelerated else sn.SwinTransformerBlock(16, (8, 8), 2, 4)
     if accelerated:
         swinkernels.accelerate(block)

@@ -94,9 +94,9 @@ def ours(version: int = 1, **options: Any) -> SwinTransformer:
 
 
 def scrambled(model: nn.Module) -> nn.Module:
-    """Move every parameter far from zero, so that a parameter loaded to a wrong place changes the results.
+    """Randomise all parameters of ``model``, so that one loaded into the wrong place changes the results.
 
-    Return the model in float64 and eval mode.
+    Return ``model`` in float64 and eval mode.
     """
     randomise(model)
     for p in model.parameters():

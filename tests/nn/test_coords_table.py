@@ -73,7 +73,7 @@ def test_to_empty_and_load():
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.device("meta"):
         empty = make_model()
-    torch.use_deterministic_algorithms(True)  # uninitialised memory is filled with NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         empty.to_empty(device="cpu")
     finally:

@@ -23,7 +23,7 @@ def _seed() -> None:
 
 
 def of_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``state`` with Microsoft's keys: merging belongs to the previous stage, and ``head.fc`` is ``head``."""
+    """Return timm's ``state`` with Microsoft's keys: merging belongs to the previous stage, ``head.fc`` is ``head``."""
 
     def renamed(key: str) -> str:
         key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
@@ -84,7 +84,7 @@ def test_any_size_and_training_with_checkpoints(version):
 
 
 def plain_unet(model: SwinUnet, x: Tensor) -> Tensor:
-    """Compute the forward pass of a Swin-Unet of three stages on sequences, with the modules of ``model``."""
+    """Compute the output of the three-stage ``model`` for ``x``, with sequences between its modules as in Swin-Unet."""
     x = model.patch_embed.proj(x)
     height, width = x.shape[2:]
     x = model.patch_embed.norm(x.flatten(2).transpose(1, 2))

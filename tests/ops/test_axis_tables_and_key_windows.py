@@ -93,7 +93,7 @@ def test_the_torch_backend_rounds_as_plain_pytorch_does(name, dtype):
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_gradients_the_result_is_the_same(name):
-    """The output is the same without gradients; scaled_dot_product_attention then runs unless logit_scale is given."""
+    """Without gradients, scaled_dot_product_attention runs unless logit_scale is given; the output is the same."""
     case = CASES[name]
     inputs = {name: x.double() for name, x in case.inputs(torch.float32).items()}
     op = functools.partial(swinkernels.window_attention_qkvpacked, backend="torch")

@@ -76,7 +76,7 @@ def test_a_known_call_is_not_checked_again(monkeypatch):
     ids=str,
 )
 def test_equal_is_not_the_same(right, wrong):
-    """True, 1 and 1.0 are the same dictionary key, but an argument may allow only one of them."""
+    """True, 1 and 1.0 are the same dictionary key, but an argument may accept only one of them."""
     given = {"qkv": torch.zeros(1, 2, 3, 12), "num_heads": 2, "window_size": (2, 3)}
     attend(**{**given, **right})
     assert next(iter(right.values())) == next(iter(wrong.values()))
@@ -135,9 +135,9 @@ def test_autocast_is_asked_at_every_call():
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_the_tf32_switch_is_asked_at_every_call(allow_tf32, allowed):
-    """Each call reads the TF32 switch.
+    """Each call reads torch's TF32 switch.
 
-    The switch affects only float32 on a GPU, so the test makes the plan of a CPU call read it.
+    The switch affects only float32 on a GPU; the test therefore makes the cached plan of a CPU call read it.
     """
     seen = []
     qkv = PLAIN.inputs(torch.float32)["qkv"]
@@ -175,7 +175,7 @@ def test_backends_are_chosen_for_each_request():
     inputs = PLAIN.inputs(torch.float32)
     for _ in range(2):
         cpu, reference = (attend(inputs["qkv"], **PLAIN.arguments(), backend=b) for b in ("cpu", "reference"))
-        assert not torch.equal(cpu, reference)  # the two differ in the last bits
+        assert not torch.equal(cpu, reference)  # the two backends differ in the last bits
         torch.testing.assert_close(cpu, reference, rtol=1e-4, atol=1e-5)
         with pytest.raises(NotImplementedError, match="backend='triton'"):
             attend(inputs["qkv"].double(), **PLAIN.arguments(), backend="triton")
@@ -270,7 +270,7 @@ def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
 
 @needs_cpu
 def test_modes_and_subclasses_see_the_op_itself():
-    """Only plain eager calls take the short path; modes and subclasses see the registered ops, forward and backward."""
+    """A dispatch mode sees the registered forward and backward ops; the output has the tensor subclass of the input."""
     seen = []
 
     class Watch(TorchDispatchMode):

@@ -47,7 +47,7 @@ def make_call(*, requires_grad: bool = False) -> Callable[[], Tensor]:
 
 
 def path_of(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
-    """Return the names of this package's functions that ``call`` enters, and of those on the stack at the op's call."""
+    """Return the names of our functions that ``call`` enters, and of those on the stack when it calls the op."""
     entered: list[str] = []
     stack: list[str] = []
 
@@ -74,8 +74,8 @@ def test_a_cached_call_takes_two_functions_to_its_op() -> None:
     assert "_make_plan" in first
     cached, stack = path_of(call)
     assert stack == ["window_attention_qkvpacked", "_attend"]
-    # The last three decide whether the call may be cached, under which key, and whether autograd records it. Calls with
-    # tables of another dtype also enter _fit.
+    # The last three functions decide whether the call may be cached, under which key, and whether autograd records it.
+    # Calls with dropout, or with tables to convert, also enter _fit.
     assert cached == ["window_attention_qkvpacked", "_attend", "is_plain", "call_key", "any_requires_grad"]
 
 

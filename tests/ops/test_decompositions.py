@@ -39,7 +39,7 @@ def test_every_forward_op_has_a_decomposition() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", WITHOUT_DROPOUT)
 def test_window_attention(name: str, form: str) -> None:
-    """Output and log-sum-exp equal the kernel's."""
+    """The decomposition's output and log-sum-exp equal the CPU kernel's."""
     arguments = [x.detach() if isinstance(x, Tensor) else x for x in op_arguments(CLASSES[name], form, torch.float32)]
     for got, want in zip(decomposed(f"{form}_fwd", *arguments), getattr(ops, f"{form}_fwd")(*arguments), strict=True):
         assert got.dtype == want.dtype
@@ -109,7 +109,7 @@ def test_norms(case: NormCase) -> None:
 
 
 class Attend(nn.Module):
-    """Calls window attention once, on a map of any size."""
+    """A module with one window attention call, for maps of any size."""
 
     def __init__(self, case: Case, backend: str) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def targets(program: torch.export.ExportedProgram) -> set[str]:
 )
 @pytest.mark.tool("`run_decompositions(swinkernels.decompositions())`", "torch", "core ATen, any size in one program")
 def test_one_program_serves_all_sizes(case: Case) -> None:
-    """An exported program has no guard on divisibility by the window, and contains the op until it is decomposed."""
+    """A program with dynamic sizes accepts maps with and without padding; run_decompositions() keeps its op."""
     dynamic = dict.fromkeys(range(1 + len(case.size)), Dim.DYNAMIC)
     inputs = case.inputs(torch.float32)
     tables = {n: x for n, x in inputs.items() if n not in ("qkv", "dout")}
@@ -157,6 +157,6 @@ def test_one_program_serves_all_sizes(case: Case) -> None:
 
 
 def test_fakes_of_symbolic_sizes_are_the_ops_own() -> None:
-    """For symbolic sizes, fake tensors use the ops' own fakes; decompositions would complicate a graph's guards."""
+    """Fake tensors of symbolic size use the ops' fake kernels; decompositions would complicate a graph's guards."""
     assert all(op in torch._decomp.meta_table for op in DECOMPOSITIONS)
     assert not any(op in torch.export.default_decompositions() for op in DECOMPOSITIONS)

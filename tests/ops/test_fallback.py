@@ -1,4 +1,4 @@
-"""Tests backend "torch", PyTorch's fast code for every op, against the reference in float64 and in each dtype."""
+"""Tests backend "torch", which implements every op in fast PyTorch code, against the reference in all dtypes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_attention_rounds_as_plain_pytorch_does(case, dtype):
 
 @pytest.mark.parametrize("case", DIFFERENT, ids=str)
 def test_attention_without_gradients_takes_the_fused_kernel(case, monkeypatch):
-    """Without gradients and without logit_scale, scaled_dot_product_attention runs; the output is the reference's."""
+    """Without gradients, scaled_dot_product_attention runs unless logit_scale is given; outputs are the reference's."""
     calls = []
     fused = torch.nn.functional.scaled_dot_product_attention
 

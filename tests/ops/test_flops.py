@@ -1,4 +1,4 @@
-"""Tests that torch's FLOP counter counts the ops and accelerated models correctly."""
+"""Tests the FLOPs that torch's counter reports for the ops and for accelerated models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_formulas_wait_for_the_counter() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("size", [(8, 12), (7, 10), (4, 5, 9)])
 def test_window_attention_counts_as_plain_code(packed: bool, size: tuple[int, ...]) -> None:
-    """FLOPs are those of the padded map's windows, for the op and for plain PyTorch, also on meta tensors."""
+    """Padded windows count in full, for the ops and for plain PyTorch, also on meta tensors."""
 
     def attend(backend: str, device: str) -> tuple[int, int]:
         qkv = torch.zeros(2, *size, 3, 2, 6, device=device, requires_grad=True)
@@ -80,7 +80,7 @@ def swin(img_size: int) -> nn.Module:
     )  # fmt: skip
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # on a CPU torch does not count scaled_dot_product_attention
+            module.fused_attn = False  # on a CPU, the counter ignores scaled_dot_product_attention
     return model
 
 
@@ -96,11 +96,11 @@ def test_models_count_as_before_without_padding(device: str) -> None:
 
 @needs_cpu
 def test_padded_models_count_less_by_the_linears_of_pad_tokens() -> None:
-    """9 x 9 and 5 x 5 maps in windows of 4 are padded to 12 x 12 and 8 x 8; qkv and proj then skip the pad tokens."""
+    """9 x 9 and 5 x 5 maps are padded to 12 x 12 and 8 x 8; when accelerated, qkv and proj skip the pad tokens."""
     model, x = swin(18), torch.zeros(1, 3, 18, 18)
     plain = count(copy.deepcopy(model), x)
     swinkernels.accelerate(model)
     pads = {8: 12 * 12 - 9 * 9, 16: 8 * 8 - 5 * 5}
-    skipped = sum(2 * 2 * tokens * 4 * dim * dim for dim, tokens in pads.items())  # two blocks, 3C + C rows
+    skipped = sum(2 * 2 * tokens * 4 * dim * dim for dim, tokens in pads.items())  # two blocks; qkv: 3C rows, proj: C
     got = count(model, x)
     assert (plain[0] - got[0], plain[1] - got[1]) == (skipped, 2 * skipped)

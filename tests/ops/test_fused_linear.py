@@ -100,7 +100,7 @@ class Marked(Tensor):
 
 
 def test_what_others_see_is_not_fused():
-    """torch's own functions run under compilers, exporters, tracers, modes and transforms, and for subclasses."""
+    """Under compilers, exporters, tracers, modes and transforms, and for subclasses, torch's own functions run."""
     x, weight, bias, residual = draw()
     expected = plain(x, weight, bias, None, residual)
 

@@ -53,7 +53,7 @@ def differentiable(tensors: list, options: dict) -> list[Tensor]:
 
 
 def plain_half(op: str, tensors: list, options: dict) -> Tensor:
-    """Compute a half with torch's own norm, Linear and GELU, and this package's attention, as published blocks do."""
+    """Return the result of ``op``, computed as in published blocks with torch's layers and this package's attention."""
     x, norm_weight, norm_bias, first, first_bias, last, last_bias, *table = tensors
     options = dict(options)
     norm, d, gamma = options.pop("norm"), options.pop("drop_path_scale", None), options.pop("layer_scale", None)
@@ -119,9 +119,9 @@ def test_the_half_before_is_added_first(norm, scale):
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_both_derivatives_where_the_half_before_is_added(norm, is_frozen, scale):
-    """The norm and the residual connection both read x + branch, so its gradient has two terms.
+    """First and second derivatives are correct, also if ``branch`` is frozen.
 
-    ``branch`` itself may be frozen.
+    The MLP and the residual connection both read x + branch, so the gradient of that sum has two terms.
     """
     (x, *parameters), options = case("mlp_half", (2, 3), norm=norm)
     branch = draw(*x.shape, seed=12)
@@ -235,7 +235,7 @@ def test_transforms(op):
 
 
 def low_and_exact(op: str, tensors: list, options: dict, dtype: torch.dtype) -> tuple[list, dict, Tensor, tuple]:
-    """Return the arguments as leaves of ``dtype``, and the reference's output and gradients for them in float64."""
+    """Return ``tensors`` (as leaves) and ``options`` in ``dtype``, and the reference's float64 output and gradients."""
     low = [t.to(dtype).requires_grad_() for t in tensors]
     low_options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
     wide = [t.detach().double().requires_grad_() for t in low]
@@ -291,7 +291,7 @@ def test_compile_in_one_graph(op, dynamic):
 
 
 class Half(nn.Module):
-    """A module that calls a half, for exporters."""
+    """A module that calls the half ``op``, for the export tests."""
 
     def __init__(self, op: str) -> None:
         super().__init__()
@@ -531,7 +531,7 @@ def test_create_graph_with_weights_that_depend_on_each_other(weights):
 
 
 def test_create_graph_where_one_half_is_called_twice():
-    """Gradients are right if the input of the second call depends on the parameters."""
+    """With create_graph=True, gradients are correct although the second call's input depends on the parameters."""
     tensors, options = case("mlp_half")
     wanted = [t.requires_grad_() for t in differentiable(tensors, options)]
     found = []

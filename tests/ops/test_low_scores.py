@@ -1,4 +1,4 @@
-"""Tests that the CPU's backends are as accurate for low attention scores as for others, forward and backward."""
+"""Tests that CPU backends are as accurate for low attention scores as for others, forward and backward."""
 
 from __future__ import annotations
 

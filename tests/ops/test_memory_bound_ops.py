@@ -1,7 +1,7 @@
 """Tests the code around the kernels of partition, reverse, merging, expanding and norms, on any machine.
 
-With ``plain_kernels`` the backends "cuda" and "triton" run kernels in plain PyTorch on the CPU: schema, fake, autograd
-formula, reordering of parameters and dtypes are the same as on a GPU.
+With the fixture ``plain_kernels``, the backends "cuda" and "triton" run kernels in plain PyTorch on the CPU. Schema,
+fake kernel, autograd formula, reordering of parameters and dtypes are the same as on a GPU.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Case:
         return functools.partial(getattr(reference, self.op), **self.options)
 
     def leaves(self, *dtypes: torch.dtype) -> dict[str, Tensor]:
-        """Return random leaves of the given ``dtypes``, in order; all further tensors have the last one."""
+        """Return random leaves by name, with the given ``dtypes`` in order; all further leaves have the last dtype."""
         dtypes = dtypes + (dtypes[-1],) * len(self.shapes)
         tensors = {n: draw(*s, seed=i) for i, (n, s) in enumerate(self.shapes.items(), start=1)}
         return {n: t.to(d).requires_grad_() for (n, t), d in zip(tensors.items(), dtypes, strict=False)}
 
     def with_batch(self, batch: int) -> Case:
-        """Return the case for ``batch`` maps instead of CASES' two; the number of windows is scaled accordingly."""
+        """Return this case with ``batch`` maps; the number of windows, given for two maps, is scaled accordingly."""
         maps = {
             n: (batch * s[0] // 2 if n == "windows" else batch, *s[1:]) for n, s in self.shapes.items() if n in MAPS
         }
@@ -72,7 +72,7 @@ class Case:
         return outs if isinstance(outs, tuple) else (outs,)
 
     def run(self, leaves: dict[str, Tensor], function: Callable | None = None, **options: Any) -> dict[str, Tensor]:
-        """Return the outputs, and the gradient of each leaf that requires one."""
+        """Return, by name, the outputs and the gradient of each leaf that requires one."""
         outs = self.outputs(leaves, function, **options)
         results = {f"out {i}": out.detach() for i, out in enumerate(outs)}
         wanted = {n: t for n, t in leaves.items() if t.requires_grad}
@@ -173,7 +173,7 @@ def test_auto_on_a_cpu_is_plain_pytorch(case, dtype):
 
 @every_case
 def test_around_a_kernel(case, plain_kernels):
-    """The code around a kernel and its backward handles neighbour orders, optional parameters and expansion factors."""
+    """Outputs and gradients equal the reference's for all neighbour orders, optional parameters and factors."""
     exact = case.run(case.leaves(torch.float64), case.definition)
     for backend in backends_of(case):
         got = case.run(case.leaves(torch.float32), backend=backend)
@@ -199,7 +199,7 @@ def test_around_a_kernel(case, plain_kernels):
     ],
 )
 def test_dtypes_around_a_kernel(name, dtypes, results, plain_kernels):
-    """Results have the expected dtypes, gradients the dtype of their tensor; parameters may have any floating dtype."""
+    """Outputs have the expected dtypes, gradients those of their tensors; parameters may have any floating dtype."""
     case = CASES[name]
     leaves = case.leaves(*dtypes)
     exact = case.run({n: t.detach().double().requires_grad_() for n, t in leaves.items()}, case.definition)
@@ -227,7 +227,7 @@ def test_dtype_of_a_norm(dtype, plain_kernels):
 
 @some_cases
 def test_gradient_of_one_alone(case, plain_kernels):
-    """If only one tensor requires a gradient, only its gradient is computed, and it is the same as with all."""
+    """If only one tensor requires a gradient, only that gradient is computed, and it is the same as with all."""
     for backend in ("reference", backends_of(case)[0]):
         full = case.run(case.leaves(torch.float32), backend=backend)
         for name in case.shapes:
@@ -239,14 +239,14 @@ def test_gradient_of_one_alone(case, plain_kernels):
 
 @some_cases
 def test_a_loss_that_hands_no_gradient_on(case, plain_kernels):
-    """The backward pass of an op accepts undefined gradients of all its results."""
+    """The backward pass of an op accepts undefined gradients for all its outputs."""
     leaves = case.leaves(torch.float32)
     NoGradient.apply(*case.outputs(leaves, backend=backends_of(case)[0])).backward()
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves.values())
 
 
 def test_only_one_result_used(plain_kernels):
-    """Gradients of residual_layer_norm are right if the loss reads only s or only z."""
+    """Gradients of residual_layer_norm are correct if the loss uses only the sum s or only the normalised z."""
     case = CASES["residual"]
     for index in (0, 1):
         grads = []
@@ -260,7 +260,7 @@ def test_only_one_result_used(plain_kernels):
 
 
 def test_gradient_of_drop_path_scale():
-    """No kernel computes this gradient: "auto" chooses plain PyTorch, and a requested kernel gives the reason."""
+    """No kernel computes the gradient of drop_path_scale: "auto" runs plain PyTorch, "cuda" raises an error."""
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     x, y = draw(2, 3, 5), draw(2, 3, 5, seed=2)
     for op in (swinkernels.residual_layer_norm, swinkernels.residual_post_norm):
@@ -277,7 +277,7 @@ def test_gradient_of_drop_path_scale():
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
 def test_autocast_of_merging_and_expanding(backend, low, plain_kernels):
-    """An op that ends with the Linear returns the autocast dtype; an op that ends with a norm returns float32."""
+    """An op that ends with its linear layer returns the autocast dtype; an op that ends with a norm returns float32."""
     for name, dtype in (
         ("merge_swin_pre_5x4_2", low),
         ("merge_unfold_pre_5x4_2", low),
@@ -315,7 +315,7 @@ def test_autocast_changes_nothing_else(name):
 
 
 def test_a_norm_into_a_linear_under_autocast(plain_kernels):
-    """layer_norm casts the float32 residual stream to the Linear's bfloat16 in the same pass; dx is float32."""
+    """layer_norm reads a float32 residual stream and writes the Linear's bfloat16 input in one pass; dx is float32."""
     x, weight = draw(2, 3, 5).float().requires_grad_(), draw(4, 5).float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         z = swinkernels.layer_norm(x, dtype=torch.get_autocast_dtype("cpu"), backend="cuda")
@@ -324,11 +324,11 @@ def test_a_norm_into_a_linear_under_autocast(plain_kernels):
     assert torch.autograd.grad(out.sum(), x)[0].dtype == torch.float32
 
 
-# --- schema, fake and autograd registration
+# --- schema, fake kernel and autograd registration
 
 
 def op_calls() -> dict[str, tuple[str, tuple]]:
-    """Return the calls to test by name: an op of torch.ops.swinkernels and its arguments, with tensors as shapes."""
+    """Return calls by label: the op's name in torch.ops.swinkernels, and its arguments, with shapes for tensors."""
     norm = ((5,), (5,))
     statistics = ((2, 3, 4), (2, 3, 4))
     merged, factor, order = (2, 3, 2), [1, 2, 2], [0, 2, 1, 3]
@@ -393,7 +393,7 @@ def described(results: Any) -> list[tuple]:
 
 @every_op_call
 def test_opcheck(name, arguments, plain_kernels):
-    """opcheck passes: it tests the schema, fake, autograd registration, and traced graph with dynamic shapes."""
+    """opcheck accepts the schema, fake kernel, autograd registration, and traced graph with dynamic shapes."""
     differentiable = "_bwd" not in name
     torch.library.opcheck(getattr(OPS, name).default, arguments_on(arguments, "cpu", differentiable))
 
@@ -407,7 +407,7 @@ def test_fake_on_meta_tensors(name, arguments, plain_kernels):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @some_cases
 def test_gradients_on_meta_tensors(case, backend, monkeypatch):
-    """Results and gradients of meta tensors have the right shapes and dtypes, with no kernel run."""
+    """Outputs and gradients of meta tensors have the right shapes and dtypes, and no kernel runs."""
     if backend not in backends_of(case):
         return
     expected = case.run(case.leaves(torch.float32))
@@ -422,7 +422,7 @@ def test_gradients_on_meta_tensors(case, backend, monkeypatch):
 
 
 def test_fakes_with_symbolic_sizes():
-    """The fakes return symbolic sizes for inputs with symbolic sizes."""
+    """Fake kernels return symbolic sizes for inputs with symbolic sizes."""
     real = torch.empty(4, 11, 13, 6)
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         x = mode.from_tensor(real, static_shapes=False)
@@ -483,7 +483,7 @@ def spread(x: Tensor) -> Tensor:
 @some_cases
 @pytest.mark.parametrize("rearranged", [spread, lambda x: x.mT.contiguous().mT if x.dim() > 1 else spread(x)])
 def test_non_contiguous_inputs(case, rearranged, plain_kernels):
-    """Strided tensors give the results of contiguous ones."""
+    """Strided tensors give the same results as contiguous ones."""
     for backend in ("auto", *backends_of(case)):
         expected = case.run(case.leaves(torch.float32), backend=backend)
         leaves = {n: rearranged(t.detach()).requires_grad_() for n, t in case.leaves(torch.float32).items()}
@@ -546,7 +546,7 @@ def test_gradcheck(case):
     def function(*values):
         return getattr(swinkernels, case.op)(**dict(zip(leaves, values, strict=True)), **case.options)
 
-    # fast_mode tests one random direction: all of them would take minutes.
+    # fast_mode tests one random direction, because all directions would take minutes.
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
@@ -576,7 +576,7 @@ def test_second_derivative_is_in_the_reference_alone(name, plain_kernels):
 
 @pytest.mark.parametrize("name", ["partition", "partition_3d", "reverse", "reverse_3d"])
 def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_kernels):
-    """Third derivatives are right: the derivative of each op is the other op, which is differentiable too."""
+    """Third derivatives are correct: each op is the derivative of the other, and itself differentiable."""
     case = CASES[name]
     for backend in ("reference", *backends_of(case)):
         leaves = case.leaves(torch.float32)
@@ -592,7 +592,7 @@ def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_ke
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_reverse_undoes_partition_bit_for_bit(data):
-    """window_reverse restores any map exactly, also with windows larger than the map, and any shift and pad order."""
+    """window_reverse restores any map exactly for every shift and pad order, also with windows larger than the map."""
     rank = data.draw(st.sampled_from([2, 3]))
     size = data.draw(st.tuples(*[st.integers(1, 9 if rank == 2 else 5)] * rank))
     window = data.draw(st.tuples(*[st.integers(1, 6)] * rank))
@@ -703,7 +703,7 @@ def test_by_neighbour(rank):
     got = reference.patch_merging(x, *reordered, order="row_major")
     expected = reference.patch_merging(x, *norm, weight, order="unfold")
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    # Channel c of neighbour n is at c * count + n in the order "unfold", and at n * channels + c by neighbour.
+    # Channel i of neighbour n is at i * count + n in the order "unfold", and at n * c + i after _by_neighbour.
     numbered = torch.arange(count * c).reshape(c, count)
     assert torch.equal(_by_neighbour(numbered.flatten(), count), numbered.T.flatten())
 

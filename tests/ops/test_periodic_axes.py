@@ -1,4 +1,4 @@
-"""Tests periodic axes: the two ends of a periodic axis are neighbours, so the ops refuse padding between them."""
+"""Tests periodic axes: the first and last tokens are neighbours, so the ops refuse pad tokens between the two."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ print(json.dumps({{name: [str(s) for s in torch._C._jit_get_schemas_for_operator
 
 
 def schemas(script: str, **environ: str) -> dict[str, list[str]]:
-    """Run ``script`` in a new process, and return the schemas of the ops that are registered there."""
+    """Run ``script`` in a new process, and return the schemas of the ops that it has registered, by name."""
     command = [sys.executable, "-c", script + DUMP]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)

@@ -13,7 +13,7 @@ LARGEST = EXACT.abs().max().item()
 
 
 def judged(got: Tensor, exact: Tensor = EXACT, f32: Tensor | None = None, terms: Tensor | None = None) -> Judged:
-    """Judge ``got`` by the error budget; without ``f32``, the float32 reference counts as exact."""
+    """Judge ``got`` by the error budget; without ``f32``, ``exact`` also serves as the float32 result."""
     return judge(got, exact, exact if f32 is None else f32, terms=terms, name="out")
 
 

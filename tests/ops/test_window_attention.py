@@ -1,4 +1,4 @@
-"""Tests window attention as a torch op: schema, fake, autograd, autocast, compile and backend choice."""
+"""Tests window attention as a torch op: schema, fake kernel, autograd, autocast, compile and backend choice."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_autocast_casts_the_map_and_keeps_the_table(dtype):
     assert got["out"].dtype == apart["out"].dtype == dtype
     assert all(got[f"d{name}"].dtype == torch.float32 for name in ("qkv", "bias_table", "pad_qkv"))
     rounded = {name: x.to(dtype) if name != "bias_table" else x for name, x in inputs.items()}
-    with torch.autocast("cpu", dtype):  # also rounds the products of the reference's backward
+    with torch.autocast("cpu", dtype):  # rounds the matrix products of a backward in plain PyTorch
         by_hand = run_case(swinkernels.window_attention_qkvpacked, rounded, PADDED.arguments())
     for name in got:
         assert torch.equal(got[name], by_hand[name].to(got[name].dtype)), name
@@ -159,7 +159,7 @@ def test_only_what_is_wanted_gets_a_gradient(backend):
 @needs_cpu
 @pytest.mark.parametrize("op", [swinkernels.window_attention_qkvpacked, separate])
 def test_a_loss_that_hands_no_gradient_on(op):
-    """The op's backward pass accepts an undefined gradient of its result."""
+    """The op's backward pass accepts an undefined gradient for its output."""
     leaves = {k: x.requires_grad_() for k, x in PADDED.inputs(torch.float32).items() if k != "dout"}
     NoGradient.apply(op(**leaves, **PADDED.arguments(), backend="cpu")).backward()
     assert all(leaf.grad is None for leaf in leaves.values())

@@ -13,7 +13,7 @@ import swinkernels
 from swinkernels.ops import _backends
 from tests.support.side_by_side import draw
 
-# A valid call: S = (5, 6), window (2, 3), 2 heads of 4 channels, N = 6, frame (6, 6), one row of padding.
+# A valid call: S = (5, 6), padded by one row to (6, 6), window (2, 3) of N = 6 tokens, 2 heads of 4 channels.
 QKV = (2, 5, 6, 24)
 RIGHT = {"num_heads": 2, "window_size": (2, 3), "backend": "reference"}
 
@@ -242,7 +242,7 @@ def test_zero_heads_are_refused():
 
 
 def test_generator_of_another_device():
-    class CudaGenerator(torch.Generator):  # a real one needs a GPU
+    class CudaGenerator(torch.Generator):  # a real CUDA generator needs a GPU
         device = torch.device("cuda")
 
     check(lambda: packed(dropout_p=0.5, generator=CudaGenerator()), ValueError, "generator", "cuda", "cpu")

@@ -1,6 +1,6 @@
 """Tests derivatives, transforms, compilation, huge maps and numerical range of window attention.
 
-There is a case for each class of arguments with separate code; the backends' own tests cover sizes.
+CLASSES has one case for each kind of argument with its own code path; the backends' own tests cover sizes.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def test_dropout_draws_a_seed_and_backward_has_the_same(
 @needs_cpu
 @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)])
 def test_vmap_is_a_loop(dims: tuple[int | None, int | None]) -> None:
-    """vmap, which uses torch's fallback for ops without a rule, gives the outputs and gradients of a loop."""
+    """vmap, which uses torch's fallback for ops without a rule, gives the same outputs and gradients as a loop."""
     case = Case(2, (6, 9), 2, 8, 3, 1)
     inputs = case.inputs(torch.float32)
     given = [inputs["qkv"], inputs["bias_table"]]
@@ -178,7 +178,7 @@ def test_batched_gradients_are_a_loop() -> None:
 @needs_cpu
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_per_sample(form: str) -> None:
-    """torch.func's vmap over grad gives the gradient of each sample, for the map and the shared parameters."""
+    """``vmap(grad(loss))`` gives the per-sample gradients of the map and of the shared parameters."""
     case = dataclasses.replace(CLASSES["v2, pads"], batch=3)
     inputs = case.inputs(torch.float32)
     dout = inputs.pop("dout")
@@ -259,7 +259,7 @@ def test_profilers_show_the_ops_by_name() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", WITHOUT_DROPOUT)
 def test_second_and_third_derivatives(name: str, form: str) -> None:
-    """A kernel's derivatives equal the reference's in float64, for every tensor that has a gradient."""
+    """Derivatives of the CPU kernel agree with the reference's in float64, for all differentiable tensors."""
     case = WITHOUT_DROPOUT[name]
     given = {n: x for n, x in case.inputs(torch.float32).items() if n != "dout"}
     if "logit_scale" in given:  # scores that are far apart magnify errors
@@ -324,7 +324,7 @@ def test_second_derivatives_with_a_region_map() -> None:
 @needs_cpu
 @pytest.mark.parametrize(
     ("dynamic", "most"), [(None, 4), (True, 2)], ids=["as they come", "at once"]
-)  # None: recompiled when B, H or W first changes; True: one restart for the float arguments
+)  # None: recompiles when each of B, H and W first changes; True: one restart for the float arguments
 def test_one_graph_serves_all_sizes(dynamic: bool | None, most: int) -> None:
     torch.compiler.reset()
     case = Case(2, (5, 9), 2, 8, (4, 5), (2, 1), has_pad_qkv=True)
@@ -364,7 +364,7 @@ def sparse_buffer(elements: int) -> Tensor:
 @needs_cpu
 @pytest.mark.parametrize("form", FORMS)
 def test_offsets_beyond_two_to_the_31(form: str) -> None:
-    """Two images 2 ** 31 elements apart, with unallocated memory between them, give the results of adjacent images."""
+    """Images over 2 ** 31 elements apart, with unallocated memory in between, give the results of adjacent images."""
     case = Case(2, (5, 6), 2, 8, 4, 2, has_pad_qkv=True)
     inputs = case.inputs(torch.float32)
     apart = 2**31 + 48
@@ -443,7 +443,7 @@ FAR_MASK = {"mask_value": -(2.0**20)}
 )
 @pytest.mark.parametrize(("size", "gradient"), [(2.0**15, 1.0), (300.0, 6e4), (6e-5, 6e-5)])
 def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: float, gradient: float) -> None:
-    """Results within float16's range are finite even if products are far beyond it, and no result is NaN.
+    """Results within float16's range are finite even if intermediate products exceed it, and no result is NaN.
 
     The scales of head_dim 16 and 64 are powers of two, so that float32 represents the scores exactly; otherwise
     rounding would make equal scores differ, and one of them would be the largest.

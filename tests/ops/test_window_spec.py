@@ -76,7 +76,7 @@ class Attend(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_export_has_no_guard_on_divisibility(strict):
-    """A program exported for a 48 x 40 map, which needs padding, runs at sizes that need other padding or none."""
+    """A program exported with a 48 x 40 map, which needs padding, also runs on maps with other padding or none."""
     g = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> tuple[torch.Tensor, ...]:

@@ -231,7 +231,7 @@ def test_pad_tokens_are_zero_after_the_norm():
         num_heads=1,
         window_size=2,
     )
-    # One real token (v = norm bias + 5, 7) and three pad tokens (v = 5, 7), weighted alike.
+    # One real token with v = (1 + 5, 2 + 7) and three pad tokens with v = (5, 7), all with the same weight.
     torch.testing.assert_close(out.flatten(), torch.tensor([5.25, 7.5], dtype=torch.float64))
 
 

@@ -61,7 +61,10 @@ def test_merging_monai(name, size, order):
 
 
 def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
-    """Return the input channel of each merged channel, which is the rank of its value: the norm keeps the ranks."""
+    """Return, for each merged channel, the row-major index of its input element.
+
+    The inputs are 0, 1, 2, ... and the norm is monotonic, so the rank of each output is this index.
+    """
     n = 2**rank * channels
     x = torch.arange(float(n), dtype=torch.float64).reshape(1, *(2,) * rank, channels)
     y = reference.patch_merging(x, None, None, torch.eye(n, dtype=torch.float64), order=order, eps=0.0).flatten()
@@ -86,7 +89,7 @@ def test_order(order, rank, expected):
 
 
 def test_monai_legacy_order():
-    """The slices in MONAI up to 1.4 have the order "monai_legacy": two neighbours occur twice and two never."""
+    """Order "monai_legacy" merges the slices of MONAI up to 1.4: two neighbours occur twice and two never."""
     x, weight = draw(2, 3, 4, 5, C), draw(2 * C, 8 * C, seed=3)
     norm_weight, norm_bias = draw(8 * C, seed=4), draw(8 * C, seed=5)
 
@@ -111,7 +114,7 @@ def test_monai_legacy_order():
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("size", SIZES)
 def test_merging_unfold(size, norm):
-    """mmcv and mmpretrain use torch's Unfold, which puts the neighbours of a channel next to each other."""
+    """mmcv and mmpretrain use torch's Unfold, which puts the four values of each channel next to each other."""
     x, weight = draw(2, *size, C), draw(7, 4 * C, seed=3)
     width = 4 * C if norm == "pre" else 7
     norm_weight, norm_bias = draw(width, seed=4), draw(width, seed=5)
@@ -198,7 +201,7 @@ def test_expanding_3d():
 
 
 def test_expanding_undoes_merging():
-    """Row-major merging and then expanding, both without a Linear, gives the layer norm of each token."""
+    """Row-major merging with an identity weight, then expanding without a Linear, gives each token's layer norm."""
     x = draw(1, 4, 6, 8)
     merged = reference.patch_merging(x, None, None, torch.eye(32, dtype=torch.float64), order="row_major", norm="pre")
     back = reference.patch_expanding(merged, None, None, None)

@@ -1,4 +1,4 @@
-"""Tests the reference with decomposed relative positions, key windows and tables of pairs against published modules."""
+"""Tests decomposed relative positions, key windows and tables of pairs in the reference against published modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIM, HEADS = 12, 3
 
 
 def between_linears(attn, x, **arguments):
-    """Return the output of a published attention, with the reference in place of the code between qkv and proj."""
+    """Return the output of the published module ``attn``, with the reference between its qkv and proj."""
     qkv = F.linear(x, attn.qkv.weight, attn.qkv.bias)
     out = reference.window_attention_qkvpacked(
         qkv,
@@ -74,7 +74,7 @@ def test_timm_sam(size, window, fused):
 @pytest.mark.parametrize(("window", "key_window"), [((4, 4), (6, 6)), ((2, 4), (6, 4)), ((4, 2), (4, 2))])
 @pytest.mark.parametrize("has_logit_scale", [False, True])
 def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
-    """The reference equals HAT's overlapping cross-attention, which unfolds keys and values with zeros around the map.
+    """The reference equals HAT's overlapping cross-attention, which unfolds keys and values of a zero-padded map.
 
     HAT indexes its table by key minus query, and the index wraps around the ends of the table; flip and roll undo this.
     """
@@ -123,8 +123,8 @@ def test_pangu(size, shift):
     """The reference equals Pangu-Weather's earth-specific attention, as in its PyTorch ports.
 
     The map is padded on both sides. A window's level and latitude select a column of the table; its rows are indexed
-    by pairs of coordinates on these axes. The ports cut their mask from a map that is longer by the longitude's shift.
-    If the window is twice the shift on this axis, as here, the result is the usual mask.
+    by pairs of coordinates on these axes. The ports build a region map that exceeds the map by the longitude's
+    shift, and cut off its end. If the window is twice the shift on this axis, as here, the mask is the usual one.
     """
     window, heads, head_dim = (2, 3, 6), 2, 4
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))

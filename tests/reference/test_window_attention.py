@@ -1,4 +1,4 @@
-"""Tests the reference of window attention against the published modules, and against literal roll / pad / mask code."""
+"""Tests reference window attention against the published modules, and against literal roll / pad / mask code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIM, HEADS = 12, 3
 
 
 def between_linears(attn, x, qkv_bias, bias_table, **arguments):
-    """Return the output of a published attention, with the reference in place of the code between qkv and proj."""
+    """Return the output of the published module ``attn``, with the reference between its qkv and proj."""
     qkv = F.linear(x, attn.qkv.weight, qkv_bias)
     out = reference.window_attention_qkvpacked(qkv, bias_table, num_heads=HEADS, pad_qkv=qkv_bias, **arguments)
     return F.linear(out, attn.proj.weight, attn.proj.bias)
@@ -217,7 +217,7 @@ def test_timm_maxvit(partition, size, window):
 
 
 def cut(x: Tensor, window: tuple[int, ...]) -> Tensor:
-    """Cut (B, *P, C) into windows (B, num_windows, N, C)."""
+    """Cut the padded map ``x`` (B, *P, C) into windows (B, num_windows, N, C)."""
     rank = len(window)
     shape = [n for p, w in zip(x.shape[1:-1], window, strict=True) for n in (p // w, w)]
     x = x.reshape(x.shape[0], *shape, x.shape[-1])
@@ -233,14 +233,14 @@ def uncut(windows: Tensor, window: tuple[int, ...], frame: tuple[int, ...]) -> T
 
 
 def pad_map(x: Tensor, pad: Tensor, before: tuple[int, ...], frame: tuple[int, ...]) -> Tensor:
-    """Place (B, *S, C) inside a frame of pad tokens."""
+    """Place ``x`` (B, *S, C) at offset ``before`` in a map of size ``frame`` that is filled with the token ``pad``."""
     out = pad.expand(x.shape[0], *frame, x.shape[-1]).clone()
     out[(slice(None), *(slice(b, b + s) for b, s in zip(before, x.shape[1:-1], strict=True)))] = x
     return out
 
 
 def slice_regions(frame, window, shift, periodic=None) -> Tensor:
-    """Return the image of region ids that the published code assigns to slices; a periodic axis has one region."""
+    """Return the map of region ids, assigned to slices as in the published code; a periodic axis has one region."""
     regions = torch.zeros(frame, dtype=torch.long)
     per_axis = [
         [slice(0, p)] if s == 0 or wraps else [slice(0, p - w), slice(p - w, p - s), slice(p - s, p)]
@@ -252,7 +252,7 @@ def slice_regions(frame, window, shift, periodic=None) -> Tensor:
 
 
 def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int, ...]) -> Tensor:
-    """Return the bias (heads, N, N), with its index computed one entry at a time."""
+    """Return the bias (heads, N, N) from ``table``, with an index computed one entry at a time."""
     n = math.prod(window)
 
     def decode(t):
@@ -274,7 +274,7 @@ def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int
 def literal_attention(
     qkv, num_heads, window, shift, *, pad, pad_order, before, regions, bias, mask_value=-100.0, scale=None
 ):
-    """Return the attention (B, *S, C) of qkv (B, *S, 3C); regions is (*frame) or None, and bias (heads, N, N)."""
+    """Return the output (B, *S, C) for ``qkv`` (B, *S, 3C), ``regions`` (*frame) or None, ``bias`` (heads, N, N)."""
     size = tuple(qkv.shape[1:-1])
     axes = tuple(range(1, 1 + len(size)))
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
@@ -302,7 +302,7 @@ def frame_of(size, window):
 def compare_with_literal_code(
     size, window, shift, pad_order, before, periodic, own_regions, *, table_window=None, heads=2, head_dim=4, **options
 ):
-    """Compare the output and the gradients of qkv, table and pad token with the literal code's."""
+    """Assert that the reference and the literal code agree in the output and the gradients of qkv, table and pad."""
     frame = frame_of(size, window)
     table_window = table_window or window
     if own_regions:
@@ -380,7 +380,7 @@ def test_against_literal_code(data):
 @pytest.mark.parametrize("size", [(2, 6, 12), (3, 7, 13), (4, 10, 10), (1, 3, 6)])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
 def test_aurora(size, shift):
-    """Aurora rolls the map, then pads both sides; its regions ignore the seam in width, and pads form one region."""
+    """Aurora rolls the map, then pads both sides; its regions ignore the seam in width, and pads are one region."""
     window = (2, 3, 6)
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
     before = tuple((p - s) // 2 for p, s in zip(frame, size, strict=True))
@@ -425,7 +425,7 @@ def test_periodic_width_is_the_merged_seam():
     periodic = call(periodic=(False, False, True))
     assert torch.equal(periodic, call(region_map=regions))
     assert not torch.allclose(periodic, call())
-    # On a periodic axis, rolling the map by whole windows rolls the result.
+    # On a periodic axis, rolling the map by whole windows rolls the output.
     rolled = reference.window_attention_qkvpacked(
         qkv.roll(window[2], 3), num_heads=HEADS, window_size=window, shift_size=shift, periodic=(False, False, True)
     )
@@ -434,7 +434,7 @@ def test_periodic_width_is_the_merged_seam():
 
 @pytest.mark.parametrize("types", [1, 2, 6])
 def test_bias_of_window_types(types):
-    """The bias is (types, heads, N, N): window w of an image has type w // (windows / types)."""
+    """The bias has shape (types, heads, N, N); window w of an image has type w // (windows / types)."""
     size, window = (4, 6, 8), (2, 2, 4)  # 2 x 3 x 2 windows
     n, windows = math.prod(window), 12
     qkv, bias = draw(2, *size, 3 * DIM), draw(types, HEADS, n, n, seed=3)
@@ -614,7 +614,7 @@ def test_vectors_of_length_zero_have_cosine_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_keeps_the_error_budget(dtype):
-    """The reference, which is a backend too, keeps within the kernels' error budget."""
+    """The reference, which is also a backend, stays within the kernels' error budget."""
     case = WindowAttentionCase(2, (9, 14), 2, 16, 7, 3, has_pad_qkv=True)
     check_window_attention(reference.window_attention_qkvpacked, case, dtype)
 

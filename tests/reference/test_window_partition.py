@@ -113,7 +113,7 @@ def test_sign_of_the_shift():
 
 @pytest.mark.parametrize(("pad_order", "expected"), [("pad_then_roll", [2, 3, 0, 1]), ("roll_then_pad", [2, 3, 1, 0])])
 def test_pad_orders_differ(pad_order, expected):
-    """In windows of two with shift 1, the tokens 1, 2, 3 have the pad token 0 before or after the rolled token 1."""
+    """Tokens 1, 2, 3 become 2, 3, 0, 1 if they are padded before the roll, and 2, 3, 1, 0 if padded after it."""
     x = torch.tensor([[1], [2], [3]]).reshape(1, 1, 3, 1)
     windows = reference.window_partition(x, (1, 2), (0, 1), pad_order=pad_order)
     assert windows.flatten().tolist() == expected

@@ -44,7 +44,7 @@ def make_toolkit(home: Path, release: str) -> Path:
 def assert_one_sentence(text: str) -> None:
     assert "\n" not in text.strip()
     assert "Traceback" not in text
-    assert ": " in text  # separates the problem from the remedy
+    assert ": " in text  # the colon separates the problem from the remedy
 
 
 # The choice of the CUDA toolkit
@@ -127,7 +127,7 @@ def test_impossible_cuda(
     else:
         environ["CUDA_HOME"] = str(make_toolkit(tmp_path / "cuda", release))
     plan = build.make_plan(environ, TORCH, torch_cuda, [])
-    assert plan.toolkit is None  # auto: only the CPU kernels, with the reason
+    assert plan.toolkit is None  # "auto" builds the CPU kernels alone, and the plan states the reason
     assert expected in plan.cuda_missing
     assert_one_sentence(plan.cuda_missing)
     with pytest.raises(build.BuildError, match=r"^SWINKERNELS_BUILD=cuda, but ") as error:
@@ -239,7 +239,7 @@ def test_missing_package_is_one_line(tmp_path: Path, package: str) -> None:
 
 
 def test_pure_python_wheel_and_source_archive(tmp_path: Path) -> None:
-    """Neither build needs torch or a compiler. The wheel is built from the unpacked archive, as pip builds it."""
+    """Neither build needs torch or a compiler. Like pip, the test builds the wheel from the unpacked archive."""
     (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
     environ = {"PYTHONPATH": str(tmp_path), "CXX": "no-such-compiler"}
     result = run_setup("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), **environ)

@@ -21,7 +21,7 @@ PARTS = {"stage 1", "stage 2", "stage 3", "stage 4", "total"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the output folder of a small demo run in which sockets are refused, so it uses no network."""
+    """Return the output folder of a small demo run that would fail if it opened a socket."""
     folder = tmp_path_factory.mktemp("demo")
     code = (
         "import socket, sys\n"
@@ -54,7 +54,7 @@ def test_times_and_memory_of_both_models_and_both_steps(folder):
             assert sum(times[part] for part in PARTS - {"total"}) < 1.5 * times["total"]
             assert results["peak_memory_bytes"][mode][model] > 2**20
     training, inference = (results["peak_memory_bytes"][mode]["timm"] for mode in (measure.TRAINING, measure.INFERENCE))
-    assert training > 4 * 28e6  # every parameter of Swin-T has at least a gradient
+    assert training > 4 * 28e6  # at least the float32 gradients of Swin-T's 28 million parameters
     assert inference < training / 4
     assert len(results["backends"]) == 12 + 3
 
@@ -82,7 +82,7 @@ def test_what_is_printed(folder):
 
 
 def test_conclusion(folder):
-    """The demo's last lines are a summary of the measurements, the backend of each module class, paths and duration."""
+    """The demo ends with a summary of the measurements, the backend of each module class, file paths and duration."""
     results = json.loads((folder / "results.json").read_text())
     *_, sentence, blocks, merging, files, seconds = (folder / "stdout.txt").read_text().splitlines()
     difference = results["agreement"]["largest_logit_difference"]
@@ -127,7 +127,7 @@ def test_wrong_options(options, message, capsys):
 
 
 def test_peak_memory_on_a_cpu_is_that_of_the_tensors():
-    """The peak is the size of the two 4 MiB tensors that exist at the same time, and of some small ones."""
+    """The peak is the size of the two 4 MiB tensors that exist at the same time, plus that of some small ones."""
     import torch
 
     class Two(torch.nn.Module):

@@ -1,7 +1,7 @@
 """Tests that the code blocks of the README and of docs/ work as described, and that the pages build without a warning.
 
 The Python blocks of a page run in order, in one namespace. A text block after a Python block is the error that the
-code raises. Commands that install or build get a dry run; of commands that measure, only the arguments are parsed.
+code raises. Commands that install or build get a dry run; commands that measure have only their arguments parsed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 
 
 def lines(page: Path) -> Iterator[str]:
-    """Yield the commands of a page, without comments."""
+    """Yield the shell commands of ``page``, without comments."""
     for _, code in blocks(page, "bash", "sh"):
         for line in code.replace("\\\n", " ").splitlines():
             if command := line.partition("  #")[0].strip():
@@ -115,7 +115,7 @@ def test_readme_fits_on_a_page() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of the site, which is built without warnings."""
+    """Build the site, which must give no warnings, and return its folder."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed")
     folder = tmp_path_factory.mktemp("site")
@@ -144,7 +144,7 @@ PUBLIC = sorted({
 
 
 def test_search_finds_every_public_name(site: Path) -> None:
-    """Public classes and functions have an entry in the API reference; its text mentions other public names."""
+    """The API reference has entries for all public classes and functions, and mentions all other public names."""
     index = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     entries = [entry for entry in index if entry["location"].startswith("api/")]
     titles = {html.unescape(re.sub(r"<[^>]+>", "", entry["title"])) for entry in entries}

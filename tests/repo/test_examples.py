@@ -1,4 +1,4 @@
-"""Tests that the examples run as their docstrings describe, with shorter settings."""
+"""Tests that the examples run as their docstrings describe, some of them on a smaller scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that the scripts in findings/ follow their rules: isolated, pinned, and only about other libraries."""
+"""Tests that the scripts in findings/ are isolated, pin their packages, and do not mention swinkernels."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Tests that the files for GitHub are valid: the workflows (which only call make), issue forms and citation."""
+"""Tests that the files for GitHub are valid: workflows (which only call make), issue forms and citation."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_install_block_of_the_readme(environment: Environment, kernels: str) -> 
 
 
 def test_an_installation_that_the_checkout_hides(environment: Environment) -> None:
-    """Installed without -e, the package works everywhere except in the checkout, where an error explains why not."""
+    """Installed without -e, the package works everywhere except in the checkout, where an error gives the reason."""
     environment.run("pip uninstall --yes swinkernels", environment.elsewhere)
     for library in environment.checkout.rglob("*.so"):
         library.unlink()

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE, CSRC = ROOT / "swinkernels", ROOT / "csrc"
 
-# The layer of each part of the package. A part imports itself and parts of lower layers; all other parts are on top.
+# The layer of each part of the package. A part may import itself and lower layers; unlisted parts are on top.
 LAYERS = {
     "_version": 0, "_namespace": 0, "_at_import": 0, "_C": 0, "window_spec": 0, "_extension": 1, "reference": 1,
     "triton": 1, "ops": 2, "nn": 3, "adapters": 4, "integrations": 5,
@@ -25,7 +25,7 @@ QUOTED_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
 def parts_imported(source: str, module: str, is_package: bool, modules: set[str]) -> set[str]:
-    """Return the parts of swinkernels that ``source`` imports, also in functions; "" is the top-level package."""
+    """Return the parts of swinkernels that ``source`` imports, also inside functions; "" is the top-level package."""
     found = set()
 
     def add(name: str) -> None:
@@ -56,7 +56,7 @@ def parts_imported(source: str, module: str, is_package: bool, modules: set[str]
 
 
 def wrong_imports(package: Path) -> list[str]:
-    """List the imports that point upwards or sideways in a package with the layout of swinkernels."""
+    """List the imports that point upwards or sideways in ``package``, which has the layout of swinkernels."""
     files = sorted(package.rglob("*.py"))
     names = {}
     for path in files:

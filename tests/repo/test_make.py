@@ -80,7 +80,7 @@ def test_what_is_installed(checkout: Path, target: str, groups: list[str]) -> No
 
 
 def prepared(checkout: Path, python: str) -> None:
-    """Create a virtual environment that make takes for complete, with the script ``python`` as its interpreter."""
+    """Create a virtual environment that make considers complete. Its interpreter is a script with body ``python``."""
     write_script(checkout / ".venv" / "bin" / "python", python)
     for line in make(checkout, "--dry-run", "build").stdout.splitlines():
         if stamp := re.search(r"touch (\.venv/\S+)", line):
@@ -130,7 +130,7 @@ def test_the_tests_of_a_source(source: str, expected: str) -> None:
 
 
 def test_every_source_has_tests() -> None:
-    """At least one test file is selected for every source: all of its folder's, if no file name matches."""
+    """For every source, the test files with a matching name are selected, or else all those of its folder."""
     sources = [*(ROOT / "swinkernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     for path in sources:
         assert changed.tests_of(str(path.relative_to(ROOT)), TESTS), path

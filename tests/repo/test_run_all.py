@@ -16,7 +16,7 @@ RIGHT, WRONG = {"passed": 3, "failed": 0, "skipped": 1}, {"passed": 1, "failed":
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list to which every part is added when it runs. "nn" fails; the first run is interrupted in "ops"."""
+    """Return a list that records each part that runs. Part "nn" fails; the first run of "ops" is interrupted."""
     parts: list[str] = []
 
     def run_tests(folder: str) -> dict[str, int]:

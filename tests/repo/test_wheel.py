@@ -1,7 +1,7 @@
-"""Tests that the wheels of ``make wheel`` have the right contents, and run without a compiler.
+"""Tests that a wheel of ``make wheel`` has the right contents, and runs without a compiler.
 
-The environments have the oldest and the newest Python on the PATH, and the oldest and the newest torch. Under
-pyenv, PYENV_VERSION names the versions to find on the PATH, separated by colons.
+One environment has the oldest Python on the PATH and the oldest torch, the other the newest of both. With pyenv, set
+PYENV_VERSION to the Python versions to find on the PATH, separated by colons.
 """
 
 from __future__ import annotations

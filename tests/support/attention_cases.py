@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from swinkernels.ops._arguments import MAX_WINDOW_VOLUME
 from swinkernels.testing import WindowAttentionCase as Case
 
-# The rounding errors of a result with fewer elements do not average out, so its RMS error is random.
+# In an output with fewer elements, rounding errors do not average out, so its RMS error varies too much.
 MIN_ELEMENTS = 100
 
 
@@ -94,14 +94,14 @@ def draw_case(
 def ends_that_may_meet(
     size: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str
 ) -> tuple[bool, ...]:
-    """Return, for each axis, whether it may be periodic: the shift must not leave padding between its ends."""
+    """Return, for each axis, whether it may be periodic: no pad tokens may separate its last and first tokens."""
     return tuple(
         s == 0 or n % w == 0 or pad_order == "roll_then_pad" for n, w, s in zip(size, window, shift, strict=True)
     )
 
 
 def elements(case: Case) -> int:
-    """Return the number of elements of the case's output."""
+    """Return the number of elements in the output of ``case``."""
     return case.batch * math.prod(case.size) * case.num_heads * case.head_dim
 
 

@@ -1,4 +1,4 @@
-"""Replaces methods of copies of published classes so that their snapshots still match."""
+"""Makes copies of published classes raise errors when called, while the adapters' snapshots of them still match."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import pytest
 
 
 def seconds_of_all_processes() -> float:
-    """Return the CPU seconds of this process, its running descendants, and the ended children that these waited for."""
+    """Return the CPU seconds of this process, its running descendants, and the ended children that they waited for."""
     own: dict[int, float] = {}
     children: dict[int, list[int]] = collections.defaultdict(list)
     for folder in Path("/proc").iterdir():

@@ -21,7 +21,7 @@ def _fuses(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def fused_calls() -> Iterator[list[str]]:
-    """Collect the names of oneDNN's fused functions that the context calls, one for each call."""
+    """Collect the function name of each call to oneDNN's fused functions inside the context."""
     names: list[str] = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield names
@@ -32,7 +32,7 @@ def fused_calls() -> Iterator[list[str]]:
 def always_fused() -> Iterator[None]:
     """Make modules use fused Linear layers for maps of any size and dtype.
 
-    In float64 plain PyTorch still computes the products, so such tests only check which modules are called.
+    In float64, plain PyTorch still computes the products, so such tests only check which modules are called.
     """
     with (
         mock.patch.object(linear_layers, "fuses", _fuses),

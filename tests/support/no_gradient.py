@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NoGradient(torch.autograd.Function):
-    """The sum of tensors. Its backward pass returns None, which autograd does not treat as zeros."""
+    """The sum of all elements of ``tensors``. Its backward returns None, which autograd does not treat as zeros."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:

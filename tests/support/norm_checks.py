@@ -16,18 +16,18 @@ from swinkernels.reference.patch_merging import neighbours
 from swinkernels.testing import assert_within_budget
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# Pairs of dtypes: of the normalised map or the residual stream, and of the next Linear's input. NORM_PAIRS adds norms
-# that read half-precision results of a Linear and return float32.
+# Pairs of dtypes: of the norm's input or the residual stream, and of the next Linear's input. NORM_PAIRS adds norms
+# that read the half-precision output of a Linear and return float32.
 PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
 NORM_PAIRS = [*PAIRS, (F16, F32), (BF16, F32)]
-# In shorter rows, too few rounding errors average out, and most of the gradient cancels in the norm.
+# In rows shorter than this, too few rounding errors average out, and most of the gradient cancels in the norm.
 SHORT_ROW = 16
 EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class NormCase:
-    """A call of an op; ``op`` is the op's name, and the other fields determine shapes and arguments."""
+    """A call of the op named ``op``; the other fields determine shapes and arguments."""
 
     op: str  # "layer_norm", "patch_merging_norm", "residual_layer_norm" or "residual_post_norm"
     shape: tuple[int, ...]  # shape of x
@@ -72,7 +72,7 @@ class NormCase:
         return [sum(o << i for i, o in enumerate(reversed(offset))) for offset in self.offsets]
 
     def rows(self, x: Tensor) -> Tensor:
-        """Return the rows to normalise, (..., L), which consist of elements of ``x`` and zeros."""
+        """Return the rows to normalise, (..., L), which consist of elements of ``x`` and padding zeros."""
         if self.op == "patch_merging_norm":
             axes = range(x.dim() - 1 - self.merged_axes, x.dim() - 1)
             for axis in axes:
@@ -145,9 +145,9 @@ def call(implementation: Any, case: NormCase, inputs: dict[str, Tensor]) -> dict
 def define(
     case: NormCase, inputs: dict[str, Tensor], s: Tensor | None, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the results by definition, computed in ``dtype``, and the magnitudes of the terms that may cancel in them.
+    """Return the reference's results in ``dtype``, and the magnitudes of the terms that may cancel in them.
 
-    ``s`` is the rounded sum of x and y from the implementation, because its norm reads the rounded sum.
+    ``s`` is the implementation's rounded sum of x and y, which its norm reads.
     """
     wide = {name: x.to(dtype) for name, x in inputs.items()}
     leaves = {name: wide[name].requires_grad_() for name in ("x", "y", "weight", "bias") if name in wide}
@@ -199,9 +199,9 @@ def define(
 
 
 def check(implementation: Any, case: NormCase, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-    """Check every result of ``implementation`` against the definition in float64, and return the results.
+    """Check every result of ``implementation`` against the float64 reference, and return the results.
 
-    Gradients in float32, and gradients of short rows, are judged against the terms that cancel in them.
+    Errors of float32 results and of short rows are judged relative to the terms that cancel in them.
     """
     inputs = case.inputs(seed)
     got = call(implementation, case, {name: x.to(device) for name, x in inputs.items()})

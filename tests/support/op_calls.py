@@ -14,7 +14,7 @@ from swinkernels._namespace import NAMESPACE
 
 @contextlib.contextmanager
 def op_calls() -> Iterator[collections.Counter[str]]:
-    """Count the eager calls of each op inside the context, by its name without the namespace."""
+    """Count the eager calls of each op inside the context, by op name without the namespace."""
     calls: collections.Counter[str] = collections.Counter()
 
     class Count(TorchDispatchMode):

@@ -266,7 +266,7 @@ class DecomposedAttention(nn.Module):
         self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.randn(2 * n - 1, dim // num_heads)) for n in size)
 
     def bias(self, q: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Return the bias (B, heads, h w, h w)."""
+        """Return the bias (B, heads, h * w, h * w) that the queries ``q`` give on a map of ``size`` (h, w)."""
         h, w = (torch.arange(n, device=q.device) for n in size)
         rows, columns = self.rel_pos_h[h[:, None] - h + len(h) - 1], self.rel_pos_w[w[:, None] - w + len(w) - 1]
         q = q.unflatten(2, size)
@@ -409,7 +409,7 @@ class HeatmapStage(nn.Module):
 
 
 class HeatmapModel(nn.Module):
-    """HTSAT's form: an option makes the model use the last stage's attention weights. laion-clap has no such option."""
+    """HTSAT's form: an option (absent in laion-clap) scales the output by the last stage's mean attention weights."""
 
     def __init__(self, dim: int, size: tuple[int, int], num_heads: int, window_size: int, heatmap: bool) -> None:
         super().__init__()
@@ -433,7 +433,7 @@ def renumbered(window: tuple[int, int, int]) -> Tensor:
 
 
 class SkipAttention(WindowAttention):
-    """nnFormer's form: queries come from the decoder, keys and values from the encoder; offsets share table rows."""
+    """nnFormer's form: queries are from the decoder, keys and values from the encoder; offsets can share table rows."""
 
     def __init__(self, dim: int, window_size: tuple[int, int, int], num_heads: int) -> None:
         super().__init__(dim, window_size, num_heads)
@@ -518,7 +518,7 @@ class Double(nn.Module):
 
 
 class CubeStage(nn.Module):
-    """nnFormer's form: an encoder stage, which computes the mask and returns its result at full and at half size."""
+    """nnFormer's form: an encoder stage, which computes the mask and returns its output at full and at half size."""
 
     def __init__(self, dim: int, size: Any, num_heads: int, window: int) -> None:
         super().__init__()
@@ -537,7 +537,7 @@ class CubeStage(nn.Module):
 
 
 class CubeStageUp(CubeStage):
-    """nnFormer's form: a decoder stage, which doubles the size of the volume and takes the encoder's result."""
+    """nnFormer's form: a decoder stage, which doubles the size of the volume and takes the encoder's output."""
 
     def __init__(self, dim: int, size: Any, num_heads: int, window: int) -> None:
         super().__init__(dim, size, num_heads, window)
@@ -556,7 +556,7 @@ class CubeStageUp(CubeStage):
 
 
 class CubeModel(nn.Module):
-    """nnFormer's form: an encoder stage and the decoder stage that takes its result."""
+    """nnFormer's form: an encoder stage and the decoder stage that takes its output."""
 
     def __init__(self, dim: int, size: tuple[int, int, int], num_heads: int, window: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Compares the outputs and gradients of a model before and after accelerate."""
+"""Compares the outputs and gradients of a model before and after ``accelerate``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def randomise(module: nn.Module) -> None:
-    """Set parameters far from their initial values, so that bias, mask, scale, pad tokens and norms all matter."""
+    """Move parameters far from their initial values, so that bias, mask, scale, pad tokens and norms all matter."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name.endswith(("relative_position_bias_table", "qkv.bias", "q_bias", "v_bias")) or (
@@ -43,9 +43,9 @@ def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
 
 
 def shaken(model: nn.Module, x: Tensor, dtype: torch.dtype, *others: Any) -> list[dict[str, Tensor]]:
-    """Return the results of three float64 runs with input and parameters changed by a relative eps of ``dtype``.
+    """Return the results of three float64 runs with input and parameters perturbed by a relative eps of ``dtype``.
 
-    Several runs are needed because the change of the largest element is random: it varied by a factor of 13.
+    One run is not enough: the change of the largest element has varied by a factor of 13 between runs.
     """
     model = copy.deepcopy(model).double()
     found = []
@@ -96,7 +96,8 @@ def _times_of_plain_error(name: str) -> int:
     """Return the allowed ratio of the error of the gradient ``name`` to the plain code's error.
 
     Gradients of key projections are sums that nearly cancel. The gradient of transformers' position MLP depends on a
-    few dozen such sums, which are added in another order here: the error of one sum spreads to the whole gradient.
+    few dozen such sums. Accelerated models add their terms in another order, and the error of one sum spreads to the
+    whole gradient.
     """
     return 4 if any(part in name for part in ("position_bias_mlp", ".k_proj.", ".key.")) else 2
 
@@ -104,7 +105,7 @@ def _times_of_plain_error(name: str) -> int:
 def assert_as_noisy(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     """Check that the errors of ``got`` against ``exact`` are about as large as those of ``plain``.
 
-    A whole model in low precision rounds dozens of times, so the errors themselves differ.
+    In low precision, a whole model rounds dozens of times, so only the norms of the errors are comparable.
     """
     assert got.keys() == plain.keys() == exact.keys()
     errors, bases = [], []

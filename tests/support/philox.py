@@ -1,4 +1,4 @@
-"""Computes, in NumPy, the dropout masks that the kernels draw from a seed."""
+"""Computes in NumPy the dropout masks that the kernels derive from a seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ROUNDS = 10
 
 
 def philox(key: int, counter: np.ndarray) -> np.ndarray:
-    """Return the Philox4x32-10 numbers (Salmon et al., 2011) of ``key`` and ``counter`` (..., 4), as uint32."""
+    """Return the Philox4x32-10 output (Salmon et al., 2011) for ``key`` and ``counter`` (..., 4), as uint32."""
     c = counter.astype(np.uint64)
     k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(_ROUNDS):
@@ -46,7 +46,7 @@ def kept_by_triton(
 ) -> Tensor:
     """Return the mask (batch, num_windows, num_heads, queries, keys) of attention weights kept by swinkernels/triton.
 
-    Its counter is (key / 4, query, window, head), and its four numbers are for four neighbouring keys.
+    The Philox counter is (key // 4, query, window, head); the four output words belong to four consecutive keys.
     """
     shape = (batch * num_windows, num_heads, queries, -(-keys // 4))
     window, head, query, quad = np.meshgrid(*(np.arange(x, dtype=np.uint64) for x in shape), indexing="ij")

@@ -1,4 +1,4 @@
-"""Small modules in which accelerate replaces the attention, one of each kind, for tests that edit modules."""
+"""Small modules in which ``accelerate`` replaces the attention, one of each kind, for tests that edit modules."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _transformers() -> dict[str, Place]:
 
 
 def _unnamed() -> dict[str, Place]:
-    """Return a module that an adapter's form covers, and a copy of published code; both are replaced after a trial."""
+    """Return a module that matches an adapter's form, and a copy of published code; both are replaced after a trial."""
     from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
     from tests.support.published_forms import ClassificationBlock
@@ -160,7 +160,7 @@ PLACES = types.MappingProxyType(places())
 
 
 def beyond_limits() -> dict[str, tuple[Place, str]]:
-    """Return Places with heads of 130 channels or windows of 33 x 32 tokens, each with the reason in the report."""
+    """Return Places with heads of 130 channels or windows of 33 x 32 tokens, each with words of the expected reason."""
     heads, windows = "its heads have 130 channels", "its windows have 1056 tokens"
     found: dict[str, tuple[Place, str]] = {}
     if "timm swin" in PLACES:

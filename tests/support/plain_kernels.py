@@ -1,7 +1,7 @@
 """Kernels of the ops in plain PyTorch on the CPU, so that the Python code around the kernels runs on any machine.
 
-Each kernel asserts the op's guarantees about its arguments, computes in float64 and rounds once. The backward passes
-are explicit, because kernels run below autograd.
+Each kernel asserts what the op guarantees about the arguments, computes in float64 and rounds once. The backward
+passes are explicit, because kernels run below autograd.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _check(x: Tensor, dtype: torch.dtype, *parameters: Tensor | None) -> None:
 
 
 def _norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return z in float64, mean and rstd in float32."""
+    """Return the normalised ``rows`` in float64, and their mean and rstd in float32."""
     mean = rows.mean(-1)
     rstd = ((rows - mean[..., None]).square().mean(-1) + eps).rsqrt()
     z = (rows - mean[..., None]) * rstd[..., None]
@@ -39,7 +39,7 @@ def _norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
 def _norm_backward(
     dz: Tensor, rows: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *needed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of the rows in float64, and the gradients of the parameters in float32."""
+    """Return the gradient of ``rows`` in float64, and the gradients of the parameters in float32."""
     assert mean.dtype == rstd.dtype == torch.float32
     assert mean.shape == rstd.shape == rows.shape[:-1]
     assert needed[0] <= (weight is not None)
@@ -69,7 +69,7 @@ def _window_reverse(windows, size, window_size, shift_size, roll_then_pad):
 
 
 def _pieces(rank: int, factor: list[int], neighbours: list[int]) -> list[tuple]:
-    """Return, for each piece of the merged rows, the index that selects its neighbour in all blocks of a padded map."""
+    """Return, for each neighbour in a merged row, the index that selects its tokens from a padded map."""
     assert len(factor) == 3
     assert len(neighbours) == math.prod(factor)
     offsets = list(itertools.product(*(range(f) for f in factor)))
@@ -180,7 +180,7 @@ def _residual_post_norm_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dw
 
 
 def _attention(maps, tables, *wire):
-    """Return out and lse of the reference; the seed tensor determines the dropout mask."""
+    """Return the reference's output and log-sum-exp; the seed tensor determines the dropout mask."""
     spec = WindowSpec.parse(*wire)
     bias_table, bias, logit_scale, pad_qkv, region_map, seed = tables
     assert all(t is None or t.dtype == torch.float32 for t in (bias_table, bias, logit_scale))
@@ -211,7 +211,7 @@ def _attention(maps, tables, *wire):
 
 
 def _attention_kernels(count: int) -> tuple[Callable, Callable]:
-    """Return the forward and backward kernel of the op that takes ``count`` maps: one (qkv) or three (q, k, v)."""
+    """Return the forward and backward kernels of the op that takes ``count`` maps: one (qkv) or three (q, k, v)."""
 
     def fwd(*args):
         out, lse = _attention(args[:count], args[count : count + 6], *args[-4:])
@@ -230,7 +230,7 @@ def _attention_kernels(count: int) -> tuple[Callable, Callable]:
             out, _ = _attention(*given, *wire)
             return torch.autograd.grad(out, [leaves[id(x)] for x in wanted], dout, allow_unused=True)
 
-        with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # this thread runs below autograd
+        with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # the calling thread runs below autograd
             grads = iter(elsewhere.submit(differentiate).result())
         dmaps = [next(grads) for _ in maps]
         sums = []
@@ -255,7 +255,7 @@ _KERNELS = {
     "residual_post_norm_bwd": _residual_post_norm_bwd,
 }
 WITH_TRITON = ("window_partition", "window_reverse", "patch_merging_norm_fwd", "patch_merging_norm_bwd")
-# Attention has C++ kernels on the CPU, so these replace Triton's.
+# Attention has C++ kernels on the CPU, so plain kernels replace only Triton's.
 _TRITON_KERNELS = {
     f"{form}_{direction}": kernel
     for form, count in (("window_attention_qkvpacked", 1), ("window_attention", 3))
@@ -265,7 +265,7 @@ _TRITON_KERNELS = {
 
 @contextlib.contextmanager
 def attached() -> Iterator[None]:
-    """Register these kernels for the ops' CPU dispatch key while the context is active."""
+    """Register the plain kernels for the ops' CPU dispatch key while the context is active."""
     library = torch.library.Library("swinkernels", "IMPL")
     for name, kernel in _KERNELS.items():
         library.impl(name, kernel, "CPU")

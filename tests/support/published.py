@@ -1,4 +1,4 @@
-"""Replaces methods of library classes in a way that the adapters do not detect."""
+"""Replaces methods of library classes so that the adapters still take them for the published ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small blocks in the forms in which projects copy Microsoft's Swin.
+"""Small Swin blocks in the forms in which projects have copied Microsoft's code.
 
 The attribute names, signatures and conventions are those of the published copies; the code is not.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def cut(x: Tensor, window: tuple[int, ...]) -> Tensor:
-    """Cut (B, *S, C) into windows (B * windows, N, C)."""
+    """Cut ``x`` (B, *S, C) into windows (B * num_windows, N, C)."""
     axes = len(window)
     parts = x.reshape(x.shape[0], *(n for s, w in zip(x.shape[1:-1], window, strict=True) for n in (s // w, w)), -1)
     order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]
@@ -136,7 +136,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """The code that all forms of the block share."""
+    """Code shared by all forms of the block."""
 
     attention: type[WindowAttention] = WindowAttention
 
@@ -168,7 +168,7 @@ class Block(nn.Module):
 
 
 class ClassificationBlock(Block):
-    """Microsoft's form: takes (B, L, C) for a map of one size, and has the mask in a buffer."""
+    """Microsoft's form: takes (B, L, C) for a map of one size, and keeps the mask in a buffer."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def kept_bytes(function: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages that ``function()`` saves for its backward pass, except ``parameters``."""
+    """Return the bytes of the storages that ``function()`` saves for backward, except those of ``parameters``."""
     of_parameters = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -1,4 +1,4 @@
-"""Small models, one of every family that accelerate supports, in float64 and evaluation mode, and inputs for them."""
+"""Small models, one of each family that ``accelerate`` supports, in float64 and evaluation mode, and their inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.parity import randomise
 
 @dataclass(frozen=True)
 class Swin:
-    """The dimensions of a Swin with two stages and windows of 4x4."""
+    """The dimensions of a Swin with two stages and 4 x 4 windows."""
 
     embed_dim: int = 8
     depths: tuple[int, int] = (2, 1)
@@ -28,7 +28,7 @@ class Swin:
 
 
 class Outputs(nn.Module):
-    """Returns the first tensor of a transformers model's output."""
+    """A transformers model that returns only the first tensor of its output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Outputs(nn.Module):
 
 
 class Last(nn.Module):
-    """Returns a backbone's last map."""
+    """A backbone that returns only its last feature map."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def _hand_lead_time(block: Any, x: Tensor) -> tuple[Any, ...]:
 
 
 def _decomposed(attention: Any) -> nn.Module:
-    """Build two blocks with windows, and one without."""
+    """Build two blocks that attend within windows, and one that attends over the whole map."""
     return nn.Sequential(*(others.DecomposedBlock(attention, 12, 3, window, (7, 9)) for window in (4, 4, 0)))
 
 
@@ -281,7 +281,7 @@ def _sam2() -> nn.Module:
 
 
 def _sam(module: str, layer: str, config: str) -> nn.Module:
-    """Build two layers with windows, and one without."""
+    """Build two layers that attend within windows, and one that attends over the whole map."""
     import importlib
 
     import transformers
@@ -305,7 +305,7 @@ def _vitdet() -> nn.Module:
 
 
 def _cut(make: Callable[[], nn.Module], dim: int, window: tuple[int, ...]) -> nn.Module:
-    """Build two blocks around the attention that ``make`` returns, the second one shifted."""
+    """Build two blocks around attention modules from ``make``, the second one shifted."""
     shifts = tuple(0 for _ in window), tuple(w // 2 for w in window)
     return nn.Sequential(*(others.CutBlock(make(), dim, window, shift) for shift in shifts))
 
@@ -442,7 +442,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-# Family with its own form -> the number of modules that use an op, and a word of the reason for each skipped one.
+# Family with its own form -> the number of modules that use an op, and a word of the reason for each skipped module.
 FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "timm DaViT": (2, ()),
     "timm TinyViT": (2, ()),

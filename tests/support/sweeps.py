@@ -1,4 +1,4 @@
-"""Builds combinations of arguments; ``make test`` runs a few of them, and ``make test-all`` also the rest."""
+"""Builds combinations of test arguments; ``make test`` runs a few of them, and ``make test-all`` runs all."""
 
 from __future__ import annotations
 

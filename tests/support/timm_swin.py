@@ -1,4 +1,4 @@
-"""Builds small timm Swins, v1 and v2, and compares them before and after accelerate."""
+"""Builds small timm Swins, v1 and v2, and compares them before and after ``accelerate``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def make_model(version: int = 1, seed: int = 0, **options: Any) -> Any:
                 p.normal_(std=1.5 * p.shape[1] ** -0.5)
             elif name.endswith(("qkv.bias", "q_bias", "v_bias")):
                 p.normal_()
-            elif ".norm" in name and "layers." in name:  # v2's norms start with weight 0, so its branches are zero
+            elif ".norm" in name and "layers." in name:  # v2's norms start with weight 0, so its branches would be zero
                 p.normal_(mean=float(name.endswith("weight")), std=0.2)
     return model
 

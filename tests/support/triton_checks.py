@@ -95,7 +95,7 @@ class _Child:
         return cls()
 
     def run(self, module: str, name: str) -> str | None:
-        """Run a check in the child process, and return its traceback, or None if it passed."""
+        """Run the check ``name`` of ``module`` in the child process, and return its traceback, or None if it passed."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([module, name]) + "\n")
@@ -103,7 +103,7 @@ class _Child:
         answer = self.process.stdout.readline()
         if answer:
             return json.loads(answer)
-        _Child.of_this_process.cache_clear()  # a new process for the following checks
+        _Child.of_this_process.cache_clear()  # the next check starts a new process
         self.errors.seek(0)
         return f"the interpreting process ended with status {self.process.wait()}:\n{self.errors.read()[-5000:]}"
 

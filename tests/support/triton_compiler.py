@@ -42,7 +42,7 @@ class Launch(NamedTuple):
 
 
 class _Recorder:
-    """Replaces a kernel and records the arguments of its launches."""
+    """A stand-in for the kernel ``function`` that records the arguments of its launches."""
 
     def __init__(self, function: JITFunction, launches: list[Launch]):
         self.function, self.launches = function, launches
@@ -112,7 +112,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def resources(launch: Launch, arch: int) -> dict[str, int]:
-    """Return the number of registers and the bytes of stack, local and shared memory of the compiled kernel."""
+    """Compile the kernel of ``launch``; return its number of registers and bytes of stack, local and shared memory."""
     compiled = compile_launch(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

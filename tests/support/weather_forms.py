@@ -49,7 +49,7 @@ class EarthAttention(nn.Module):
         self.attn_drop, self.proj_drop, self.softmax = nn.Dropout(0.0), nn.Dropout(0.0), nn.Softmax(-1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the attention within the windows ``x``, (B * longitudes, types, N, C)."""
+        """Return the attention output for the windows ``x``, (B * longitudes, types, N, C)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
         bias = self.earth_position_bias_table[self.earth_position_index].permute(3, 2, 0, 1)
         scores = (q * self.scale) @ k.mT + bias
@@ -106,7 +106,7 @@ class ConditionedNorm(nn.Module):
 
 
 class LowRank(nn.Module):
-    """Aurora's low-rank addition to a Linear layer's result, at every roll-out step except the first."""
+    """Aurora's low-rank update (LoRA) of a Linear layer's output, at every roll-out step except the first."""
 
     def __init__(self, dim: int, to: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class GlobeAttention(nn.Module):
 
 
 class GlobeBlock(nn.Module):
-    """Aurora's form: rolls, then pads on both sides. Pads attend only to pads, and the map is periodic in longitude."""
+    """Aurora's form: rolls the map, then pads both sides. Pads attend to pads alone; longitude is periodic."""
 
     def __init__(self, dim: int, num_heads: int, context: int, window_size: Any, shift_size: Any) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ def matches_reference(name, dtype):
 
 @check(*LONG, dtypes=DTYPES if ON_GPU else (torch.float16,))
 def long_windows_match_reference(name, dtype):
-    """Interpreted windows have fewer, larger tiles, because the interpreter takes the same time for any tile size."""
+    """In the interpreter, which takes the same time for any tile size, windows have fewer and larger tiles."""
     large = {} if ON_GPU else {"side_effect": lambda *_: tuning.Tiles(256, 256, 4, 1)}
     with mock.patch.object(tuning, "tiles", wraps=tuning.tiles, **large):
         check_window_attention(packed, LONG[name], dtype, DEVICE)
@@ -70,7 +70,7 @@ def a_program_takes_several_windows(name, dtype):
 
 @check(dtypes=DTYPES[1:])
 def keeps_the_digits_of_float32(dtype):
-    """Two scores of about 80, from the tables alone, differ by a third, which float16 cannot resolve near 80."""
+    """Two scores of about 80, from the tables alone, differ by 1/3, which rounding to 16 bits would not preserve."""
     size, channels = (1, 2), 16
     q, k = torch.full((1, 1, 2, 1, channels), 2.0), torch.zeros(1, 1, 2, 1, channels)
     offset = 1 / 3
@@ -81,7 +81,7 @@ def keeps_the_digits_of_float32(dtype):
     out = swinkernels.window_attention(
         *maps, num_heads=1, window_size=size, axis_tables=tuple(t.to(DEVICE) for t in tables), backend="triton"
     )
-    # The rows of v are 1 and -1: the output is the tanh of half the difference.
+    # The rows of v are 1 and -1: the output is the tanh of half the difference between the scores.
     exact = math.tanh(offset / 2) * torch.tensor([-1.0, -1.0])
     torch.testing.assert_close(out[0, 0, :, 0].float().cpu(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
@@ -106,7 +106,7 @@ def opcheck(form, dtype):
 
 @check("grid", dtypes=DTYPES[:1])
 def tables_without_a_gradient(name, dtype):
-    """All other gradients are bit-identical with and without gradients of the tables, and in repeated calls."""
+    """Repeated calls are bit-identical; without gradients of the tables, all other gradients stay bit-identical."""
     case = CASES[name]
     inputs = case.inputs(dtype, DEVICE)
     tables = [x for x in inputs if x.startswith("axis_tables")]
@@ -139,8 +139,8 @@ def float16_is_finite_where_the_result_is(large):
         finite = exact[key].to(x.dtype).isfinite() & f32[key].to(x.dtype).isfinite()
         assert finite.any() and x[finite].isfinite().all(), key
         error, largest = (x.double() - exact[key])[finite].abs().max(), exact[key][finite].abs().max()
-        # The bound is wide because queries are up to 2 ** 19, and P is recomputed from an lse with a relative precision
-        # of 2 ** -22, that of float32.
+        # The bound is wide because scores are up to 2 ** 19, and P is recomputed from a rounded lse, with a relative
+        # error of about |lse| * 2 ** -22.
         assert error <= 2**-6 * largest + 8 * (f32[key] - exact[key])[finite].abs().max(), (key, error, largest)
 
 

@@ -36,7 +36,7 @@ def windows_of_several_tiles_match_reference(name, dtype):
 
 @check("types", dtypes=DTYPES[:1])
 def windows_of_a_type_are_dealt_out(name, dtype):
-    """Results are right and reproducible if several programs share a type's windows, and each processes several."""
+    """Results are correct and reproducible if several programs share a type's windows, and each processes several."""
     case = dataclasses.replace(CASES[name], batch=4, num_heads=1)
     with mock.patch.multiple(tuning, FORWARD_PROGRAMS=4, BACKWARD_PROGRAMS=4):
         first = check_window_attention(packed, case, dtype, DEVICE)

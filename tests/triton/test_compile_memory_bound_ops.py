@@ -18,7 +18,7 @@ def record_partition(
     dtype: torch.dtype, size: tuple[int, ...], channels: int, window: tuple[int, ...], roll_then_pad: bool = False,
     slice_of: int = 0,
 ) -> list[Launch]:  # fmt: skip
-    """Record the launches of a partition and of its reverse."""
+    """Return the recorded launches of a partition and of its reverse."""
     window = (1,) * (3 - len(window)) + window
     shift = tuple(w // 2 for w in window)
     x = torch.empty(2, *size, slice_of or channels, device="meta", dtype=dtype)[..., :channels]
@@ -47,7 +47,7 @@ def record_merging(
     read: torch.dtype, written: torch.dtype, size: tuple[int, ...], channels: int,
     neighbours: tuple[int, ...] = (0, 2, 1, 3), parameters: torch.dtype | None = torch.float32,
 ) -> list[Launch]:  # fmt: skip
-    """Record the launches of a forward and a backward pass; neighbours are merged two per axis."""
+    """Return the recorded launches of a forward and a backward pass; 4 ``neighbours`` merge two axes, 8 merge three."""
     factor = (1, 2, 2) if len(neighbours) == 4 else (2, 2, 2)
     x = torch.empty(2, *size, channels, device="meta", dtype=read)
     given = None

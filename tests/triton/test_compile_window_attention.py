@@ -129,16 +129,16 @@ COMPILED = {
 }
 KERNELS = {name: kernel for module in MODULES for name, kernel in kernels_of(module).items()}
 WHAT = [f"{precision}-{name}" for precision, names in COMPILED.items() for name in names]
-# Only make test-all compiles these.
+# Configurations that only ``make test-all`` compiles.
 SELDOM = [f"bfloat16-{name}" for name in ("pangu", "axes_wide", "axes_global", "axes_thin")]
 SELDOM += ["tf32-axes_small", *(f"{precision}-key_window" for precision in ("float32", "tf32", "float16"))]
 # ptxas may spill this many bytes to the stack to reach the next step of occupancy (128 or 168 registers per thread).
 STACK_BYTES = 16
 # Some kernels reach the limit of 255 registers and spill more. The backward pass of a whole window keeps bias and dbias
-# in registers for all windows, and spills some values once per window. With large windows these also spill: v2's kernel
-# for k and v, which divides q once more in every tile; and the kernel for q with axis_tables at head_dim 80, which also
-# holds the gradients of both axes. "axes_thin" has as many columns as shared memory allows; no model has so many.
-# Triton 3.6 spills more than 3.8.
+# in registers for all windows, and spills some values once per window. With large windows, two more kernels spill:
+# v2's kernel for dk and dv, which normalises q again in every tile; and the kernel for dq with axis_tables at head_dim
+# 80, which also holds the gradients of both axes. "axes_thin" has as many columns as shared memory allows; no model
+# has so many. Triton 3.6 spills more than 3.8.
 STACK_BYTES_OF = {"bwd_whole": 384 if OLD_TRITON else 192}
 STACK_BYTES_IN = {
     "v2_long": 208,
@@ -188,7 +188,7 @@ def test_batch_size_does_not_recompile():
 
 
 def test_calls_beyond_32_bits_and_dropout_without_a_seed_are_refused():
-    """The launcher refuses both without the public function's checks."""
+    """The launcher itself refuses both, without the checks of the public function."""
     x = torch.empty(2**20, 8, 8, 3, 1024, 2, device="meta")
 
     def forward(x: torch.Tensor, **options: Any) -> None:

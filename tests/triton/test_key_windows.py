@@ -43,7 +43,7 @@ if ON_GPU:
 
 @check("two_sizes", dtypes=DTYPES[1:])
 def tiles_of_a_window_match_reference(name, dtype):
-    """Results are right and reproducible if a token is a key of several windows, and a window has several tiles."""
+    """Results are correct and reproducible if a token is a key of several windows, and a window has several tiles."""
     case = dataclasses.replace(CASES[name], size=(9, 4), num_heads=1)
     with mock.patch.multiple(tuning, tiles=lambda *_: tuning.Tiles(16, 16, 4, 1), BACKWARD_PROGRAMS=2):
         first = check_window_attention(packed, case, dtype, DEVICE)

@@ -38,7 +38,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 # ---- partition and reverse -------------------------------------------------------------------------------------------
 
-# size, window, shift; the ops accept any shift below the frame's size.
+# size, window, shift; the ops accept any shift below the padded map's size.
 PARTITIONS = {
     "whole": ((4, 6), (2, 3), (1, 1)),
     "no_shift": ((4, 6), (2, 3), (0, 0)),
@@ -260,7 +260,7 @@ if ON_GPU:
 
 
 def merged(x: Tensor, case: Merging) -> Tensor:
-    """Return the merged rows of ``x``, its neighbours concatenated in the reference's order."""
+    """Return the merged rows of ``x``: its neighbouring tokens, concatenated in the reference's order."""
     padding = [0, 0]
     for size, factor in zip(reversed(case.size), reversed(case.factor), strict=False):
         padding += [0, -size % factor]
@@ -285,7 +285,7 @@ def inputs(case: Merging, pair: str, seed: int = 0) -> dict[str, Tensor]:
 
 
 def run(case: Merging, given: dict[str, Tensor], eps: float = 1e-5, needs: tuple[bool, bool] = (True, True)):
-    """Run the forward and backward op in Triton; return z, mean, rstd, dx, dweight and dbias by name."""
+    """Run the forward and backward ops in Triton; return z, mean, rstd, dx, dweight and dbias by name."""
     x, weight, bias, dz = (given.get(name) for name in ("x", "weight", "bias", "dz"))
     order = (case.factor, case.neighbours)
     z, mean, rstd = ops.patch_merging_norm_fwd_triton(x, weight, bias, *order, eps, dz.dtype)
@@ -315,7 +315,7 @@ def exact(case: Merging, given: dict[str, Tensor], dtype: torch.dtype, eps: floa
 
 
 def check_merging(case: Merging, pair: str, given: dict[str, Tensor], eps: float = 1e-5) -> None:
-    """Check the results; float32 sums are judged by their terms, which may cancel in a row or over a few tokens."""
+    """Check the results; errors of float32 sums are judged relative to their terms, which may cancel."""
     got = run(case, given, eps)
     wide, terms = exact(case, given, torch.float64, eps)
     single, _ = exact(case, given, torch.float32, eps)
@@ -371,7 +371,7 @@ def a_program_takes_several_tiles(name):
 
 @check(1, 128, 300, dtypes=(torch.float32,))
 def shares_are_added(programs, dtype):
-    """sum_shares adds fewer or more partial sums than it reads in one step, and more columns than one program has."""
+    """sum_shares adds fewer and more partial sums than it loads at a time, and more columns than a program owns."""
     shares, (dweight, dbias) = draw(2, programs, 40), draw(2, 40)
     merging_kernels.sum_shares[(2,)](*shares, dweight, dbias, programs, LENGTH=40, BLOCK=32)
     for name, got, terms in (("dweight", dweight, shares[0]), ("dbias", dbias, shares[1])):
@@ -430,7 +430,7 @@ def same_bits_twice(name, dtype):
 
 @check("odd", dtypes=(torch.float32,))
 def same_bits_for_any_number_of_multiprocessors(name, dtype):
-    """Parameter gradients are bit-identical too, because the number of programs that share the rows is fixed."""
+    """Parameter gradients are also bit-identical, because the number of programs that share the rows is fixed."""
     case = MERGINGS[name]._replace(batch=30)
     given, counted = inputs(case, "f32"), merging_launcher.multiprocessors
     try:

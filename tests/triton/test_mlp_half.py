@@ -26,7 +26,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 class Case(NamedTuple):
     """A call of the op: the shape and dtype of x, the dtype of the products, and the arguments that are given."""
 
-    shape: tuple[int, ...] = (2, 5, 13, 96)  # one row more than a program processes
+    shape: tuple[int, ...] = (2, 5, 13, 96)  # two rows more than a program processes
     read: torch.dtype = F32
     product: torch.dtype = F32
     hidden: int = 4  # times the channels
@@ -75,7 +75,7 @@ def check_case(case: Case, given: dict[str, Tensor] | None = None) -> Tensor:
     given = inputs(case) if given is None else given
     got = run(case, given)
     assert got.dtype == case.read and got.is_contiguous()
-    # Products in a narrower dtype round z and GELU, so the eps of this dtype sets the budget.
+    # Products in a narrower dtype round z and the output of GELU, so the eps of this dtype sets the budget.
     eps = torch.finfo(case.product).eps
     assert_within_budget(got, exact(case, given, torch.float64), exact(case, given, F32), eps=eps, name=str(case))
     return got
@@ -127,7 +127,7 @@ def a_large_mean_leaves_the_variance(name, dtype):
 
 @check("pre", "post", dtypes=(F16,))
 def rows_do_not_depend_on_others(name, dtype):
-    """A row's result is bit-identical if another program computes it, or if other rows are missing or NaN."""
+    """A row's result is bit-identical if a different program computes it, or if other rows are missing or NaN."""
     case = CASES[name]._replace(read=dtype, product=dtype)
     given = inputs(case)
     rows = {**given, "x": given["x"].flatten(0, -2)}
@@ -198,9 +198,9 @@ def _gelu(x: Tensor, form: str) -> Tensor:
 
 @check(*itertools.product(("tail", "tanh"), (F16, BF16)), dtypes=(None,))
 def gelu_of_every_number(form, dtype):
-    """The result, rounded to 16 bits, is at most 0.8 units in the last place from the exact one, or 5e-10.
+    """GELU, rounded to 16 bits, has an error of at most 0.8 units in the last place plus 5e-10.
 
-    A correctly rounded result is within 0.5.
+    A correctly rounded result has an error of at most 0.5 units.
     """
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     got = _gelu(every.float().to(DEVICE), form).cpu()

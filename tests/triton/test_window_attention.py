@@ -143,7 +143,7 @@ LONG = {
 
 @check(*LONG, dtypes=DTYPES if ON_GPU else (torch.float16,))
 def long_windows_match_reference(name, dtype):
-    """Interpreted windows have fewer, larger tiles, because the interpreter takes the same time for any tile size."""
+    """In the interpreter, which takes the same time for any tile size, windows have fewer and larger tiles."""
     large = {} if ON_GPU else {"side_effect": lambda *_: tuning.Tiles(256, 256, 4, 1)}
     with mock.patch.object(tuning, "tiles", wraps=tuning.tiles, **large):
         check_window_attention(packed, on_device(LONG[name]), dtype, DEVICE)
@@ -183,7 +183,7 @@ def random_cases_match_reference(regime, dtype):
 
 @check("cosine", "types", "types_tiled", dtypes=DTYPES[1:])
 def matches_reference_with_few_programs(name, dtype):
-    """Results are right if a program processes several windows, and several programs share the windows of a type."""
+    """Results are correct if a program processes several windows, and several programs share the windows of a type."""
     case = dataclasses.replace(on_device(CASES[name]), batch=2)
     with mock.patch.multiple(tuning, FORWARD_PROGRAMS=6, BACKWARD_PROGRAMS=6):
         check_window_attention(packed, case, dtype, DEVICE)
@@ -268,7 +268,7 @@ def empty_batch(name, dtype):
 
 @check("n9", "n100", "pad_then_roll", in_turn=True)
 def lse_is_the_log_sum_exp_of_the_scores(name, dtype):
-    """With q zero the scores are bias plus mask, so the lse of real queries is known exactly."""
+    """If q is zero, the scores are bias plus mask, so their log-sum-exp is known exactly."""
     case = on_device(CASES[name])
     case = dataclasses.replace(case, has_pad_qkv=False)
     qkv, bias_table, *arguments = op_arguments(case, "window_attention_qkvpacked", dtype, DEVICE)
@@ -307,7 +307,7 @@ def gradients_that_are_not_needed_are_empty(name, dtype):
 
 @check("cosine", "cosine_tiled", dtypes=DTYPES[:1])
 def rows_of_zeros_have_cosine_zero(name, dtype):
-    """Rows of zeros have the right gradients, which are of the order of 1e12, and nothing is infinite or NaN."""
+    """Rows of zeros have correct gradients, which are of the order of 1e12, and no result is infinite or NaN."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
@@ -370,8 +370,8 @@ def float16_is_finite_where_the_result_is(name, case):
         assert finite.any(), key
         x = x.cpu()
         assert x[finite].isfinite().all(), key
-        # With large scores P is less exact, because it is recomputed from an lse of up to 2 ** 14, which float32
-        # represents to 2 ** -22 of its size.
+        # With large scores P is less exact: it is recomputed from a rounded lse of up to 2 ** 14, with a relative error
+        # of about |lse| * 2 ** -22.
         slack = 16 if name == "scores" else 4
         error = (x.double() - exact[key])[finite].abs().max()
         largest = exact[key][finite].abs().max()
@@ -391,7 +391,7 @@ def scores_of_any_size_give_finite_results(name, dtype):
 
 @check("n9", "rectangular_window_tiled", dtypes=DTYPES[:1])
 def masks_of_any_size(name, dtype):
-    """A mask_value of float32's lowest number, which other code uses for minus infinity, excludes pairs like -1e4."""
+    """A mask_value of float32's lowest number, which other code uses as minus infinity, gives the results of -1e4."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     lowest, low = (
@@ -451,7 +451,8 @@ def check_with_dropout(case: Case, dtype: torch.dtype, seed: int, **options: Any
 def kept_pairs(case: Case, **arguments: Any) -> torch.Tensor:
     """Return the mask (B, num_windows, num_heads, N, N) of the attention weights that the kernel keeps.
 
-    With scores of zero and unit vectors as values, the output is the attention weights. The mask depends on neither.
+    The scores are zero and the values are unit vectors, so the output is the attention weights. The mask depends on
+    neither scores nor values.
     """
     n = math.prod(case.window_tuple)
     windows = case.batch * math.prod(case.size) // n
@@ -483,7 +484,7 @@ def dropout_is_drawn_by_philox(name):
 
 @check(dtypes=(None,))
 def dropout_draws_independently():
-    """The dropout rate is right, attention weights are kept independently, and the generator alone determines which."""
+    """The dropout rate is correct, attention weights are dropped independently, and the generator determines which."""
     case = Case(1, (7, 14), 2, 8, 7, options={"dropout_p": 0.25})
     p = case.options["dropout_p"]
     generator = torch.Generator(DEVICE).manual_seed(2)

@@ -1,4 +1,4 @@
-// Random numbers that depend only on a key and a counter, so that the backward pass can repeat the numbers of the
+// Random numbers that depend only on a key and a counter, so that the backward pass can regenerate the numbers of the
 // forward pass.
 //
 // Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011: Philox4x32-10.

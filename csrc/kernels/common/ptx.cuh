@@ -16,7 +16,7 @@
 
 namespace swinkernels::ptx {
 
-// A shared-memory address in the form that the instructions need. For speed, compute a base address once and add
+// A shared-memory address in the form that PTX instructions accept. For speed, compute a base address once and add
 // offsets to it.
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* smem) {

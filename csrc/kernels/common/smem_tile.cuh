@@ -23,16 +23,16 @@ struct SmemTile {
   __device__ __forceinline__ T* chunk(int row, int c) const { return data + offset(row, c); }
   __device__ __forceinline__ T* element(int row, int col) const { return chunk(row, col / kVec) + col % kVec; }
 
-  // Return the address that a lane passes to ldmatrix and stmatrix. `square` is for 16 rows of two chunks, as the
-  // matrices (rows 0-7, chunk c), (rows 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1). `band` is for 8 rows of four
-  // chunks, or of two chunks if a row has only two. row and c must be multiples of these numbers of rows and chunks.
+  // Return the address that a lane passes to ldmatrix and stmatrix. `square` covers 16 rows of two chunks: the matrices
+  // (rows 0-7, chunk c), (rows 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1). `band` covers 8 rows of four chunks, or
+  // of two chunks if a row has only two. row and c must be multiples of these numbers of rows and chunks.
   __device__ __forceinline__ T* square(int row, int c) const {
     return chunk(row + threadIdx.x % 16, c + threadIdx.x % 32 / 16);
   }
   __device__ __forceinline__ T* band(int row, int c) const {
     return chunk(row + threadIdx.x % 8, c + threadIdx.x % 32 / 8 % kChunks);
   }
-  // Returns the address for a transposed operand: like `square`, but with the second and third matrix exchanged.
+  // Returns the address for a transposed operand: like `square`, but with the second and third matrices exchanged.
   __device__ __forceinline__ T* transposed_square(int row, int c) const {
     return chunk(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, c + threadIdx.x / 8 % 2);
   }

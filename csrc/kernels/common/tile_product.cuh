@@ -3,8 +3,8 @@
 //   add_pb    o += P B       P an accumulator fragment of 16 x (8 * kTiles), B 8 * kTiles rows in shared memory
 //   add_ptb   o += P^T B     P and B 8 * kTiles rows in shared memory, 16 columns of P
 // The product policies use 16-bit tensor cores, TF32 tensor cores or float fused multiply-adds. All three produce the
-// same layout, so each kernel is written once. The order of a contraction index is arbitrary if both operands use the
-// same one. Tf32Product takes P directly from registers, so its index t is column 2t, and t + 4 is column 2t + 1.
+// same layout, so each kernel is written once. The contracted index may be permuted if both operands use the same
+// permutation. Tf32Product takes P directly from registers, so its index t is column 2t, and t + 4 is column 2t + 1.
 #pragma once
 
 #include "ptx.cuh"
@@ -12,8 +12,7 @@
 
 namespace swinkernels {
 
-// c += A B^T on tensor cores. Each step contracts two 16-byte chunks of the rows, that is, 16 16-bit elements or 8
-// floats.
+// c += A B^T on tensor cores. Each step contracts two 16-byte chunks of the rows: 16 elements of 16 bits, or 8 floats.
 template <class Policy, int kTiles, class Tile>
 __device__ __forceinline__ void tensor_core_add_abt(float (&c)[kTiles][4], const Tile& a_tile, int a_row,
                                                     const Tile& b_tile) {
@@ -205,8 +204,8 @@ struct Tf32Product {
   }
 
  private:
-  // o += A B over 8 * kTiles rows of B in the permuted order. The outer loop is over columns, so that the addresses of
-  // all steps differ only by constants; otherwise each would need two registers.
+  // o += A B over 8 * kTiles rows of B, permuted as described at the top of this file. The outer loop is over columns,
+  // so that the addresses of all steps differ only by constants; otherwise each address would need two registers.
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_fragments(float (&o)[kColTiles][4], const uint32_t (&a)[kTiles][4],
                                                        const Tile& tile) {

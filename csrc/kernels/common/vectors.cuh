@@ -13,8 +13,8 @@
 
 namespace swinkernels {
 
-// Marks an element type that is passed to the kernel at run time. Branches on the type are uniform, and their cost is
-// small compared with the memory accesses.
+// Marks an element type that is passed to the kernel at run time. Branches on the type are uniform, and cheap compared
+// with the memory accesses.
 struct AnyElement {};
 
 // Loads, stores and converts vectors of kVec elements. Offsets are in elements; the offset of a vector in its row is a

@@ -6,7 +6,7 @@
 // Tiling    Each block of queries is multiplied by the table rows that it needs; the products are (table rows,
 //           queries). From these the values (key coordinate, queries) of each axis are selected, and the bias of a key
 //           is the sum of its values on all axes, at one addition per score. The products take a quarter of the work of
-//           q k^T at window 14, and a twentieth at 64 x 64 tokens.
+//           q k^T in windows of 14 x 14 tokens, and a twentieth in windows of 64 x 64.
 
 class AxisTables {
  public:

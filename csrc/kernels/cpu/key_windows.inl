@@ -17,8 +17,8 @@ struct KeyOf {
   }
 };
 
-// Runs the tasks [begin, end), where task = window * num_heads + head. A task sums dk and dv of the window's own
-// tokens.
+// Runs the tasks [begin, end), where task = window * num_heads + head. A task sums dk and dv for the tokens of its
+// window, without the margin.
 void sum_key_gradients(const WindowAttentionBackwardParams& params, const BackwardPartition& partition, int64_t begin,
                        int64_t end, void* scratch) {
   const WindowAttentionForwardParams& p = params.forward;

@@ -2,7 +2,7 @@
 // rows, a transpose, a small matmul.
 //
 // Each instruction set's source file includes this file once, after all other headers and under that set's target
-// pragma. Before that it defines
+// pragma. Before it includes this file, it defines
 //   SWINKERNELS_ISA      the namespace of the code for this set
 //   SWINKERNELS_LANES    number of floats in a vector
 //   SWINKERNELS_AVX      defined if <immintrin.h> has float16 conversions and square roots for such vectors
@@ -58,7 +58,7 @@ SWINKERNELS_INLINE Int lane_numbers(Indices<I...>) {
   return Int{I...};
 }
 
-// Returns all ones in the first `count` lanes and zero in the others.
+// Returns a mask with all bits set in the first `count` lanes and none in the others.
 SWINKERNELS_INLINE Int first_lanes(int64_t count) {
   return lane_numbers(AllLanes()) < splat(static_cast<int32_t>(count));
 }
@@ -261,8 +261,8 @@ void transpose_any(const float* from, int64_t rows, int64_t columns, int64_t ld_
   }
 }
 
-// rows[0] in lane r = the sum of the lanes of rows[r]. The sum is a tree: each step halves the number of vectors, which
-// then hold the sums of twice as many rows.
+// Sets lane r of rows[0] to the sum of the lanes of rows[r]. This is a tree reduction: each step halves the number of
+// vectors, and each remaining vector holds partial sums of twice as many rows.
 template <int kStep>
 SWINKERNELS_INLINE void sum_lanes(Vec (&rows)[kLanes]) {
   if constexpr (kStep < kLanes) {
@@ -275,8 +275,8 @@ SWINKERNELS_INLINE void sum_lanes(Vec (&rows)[kLanes]) {
   }
 }
 
-// Lane r = the dot product of row r of a and row r of b, for kLanes consecutive rows. `columns`, the length of a row,
-// is a multiple of kLanes.
+// Returns, in lane r, the dot product of row r of a and row r of b, for kLanes consecutive rows. `columns`, the length
+// of a row, is a multiple of kLanes.
 SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t columns) {
   Vec sums[kLanes] = {};
   for (int64_t c = 0; c < columns; c += kLanes) {
@@ -287,8 +287,8 @@ SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t colu
   return sums[0];
 }
 
-// A tile of c = a b + addend in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend, which may
-// be c itself, or null for zero, has c's layout and is added last.
+// Computes a tile of c = a b + addend in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend,
+// which may be c itself, or null for zero, has c's layout and is added last.
 template <int kRows, int kVectors, bool kTransposed>
 void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* addend, float* c,
                  int64_t ldc) {
@@ -338,8 +338,8 @@ SWINKERNELS_INLINE void matmul_tile_of(int64_t rows, int64_t depth, const float*
 template <int kVectors, bool kTransposed>
 void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
                   const float* addend, float* c, int64_t ldc) {
-  // Tiles have equal height: a last tile of few rows would have too few independent sums to hide the latency of
-  // multiplication.
+  // All tiles have nearly the same height: a last tile of few rows would have too few independent sums to hide the
+  // latency of multiplication.
   constexpr int kMaxRows = tile_rows(kVectors);
   const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
   for (int64_t i = 0, tile = 0; tile < tiles; ++tile) {

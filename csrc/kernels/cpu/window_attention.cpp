@@ -99,8 +99,8 @@ int64_t axis_table_rows(const WindowAttentionForwardParams& p) {
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const WindowAttentionForwardParams& p = params.forward;
   // There are enough chunks for the threads of a large machine, but each chunk has several windows, because it writes a
-  // partial bias gradient. With a dense bias, the partial gradients take at most 64 MiB in total or, if that is more,
-  // one partial gradient per bias type and head.
+  // partial bias gradient. With a dense bias, all partial gradients together take at most 64 MiB, unless a single
+  // partial gradient per bias type and head takes more.
   constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4, kMaxDenseElements = 1 << 24;
   const int64_t types = p.bias_types, dense = p.num_heads * scores_of_window(p);
   int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);
@@ -213,7 +213,7 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
           *sum = p.logit_scale[head] <= kMaxLogitScale ? *sum * score_factor(p, head) : 0.0f;
         }
         if (params.dpad_qkv != nullptr) {
-          float* dpad = params.dpad_qkv + head * dim;  // dq, which is zero: a pad query has no gradient
+          float* dpad = params.dpad_qkv + head * dim;  // the gradient of q, which is zero for pad tokens
           std::fill(dpad, dpad + dim, 0.0f);
           for (int64_t part = 0; part < 2; ++part) {
             sum_chunks(partition.dpad_kv + (head * 2 + part) * dim, chunks, heads * 2 * dim, dim,

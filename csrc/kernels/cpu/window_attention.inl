@@ -303,7 +303,7 @@ class Bias {
     if (table_ == nullptr) return;
     for (int64_t i = 0; i < kLanes; ++i) column_[sizes.table_rows + i] = 0.0f;
     const int64_t stride[3] = {sizes.rows_of_axis[1] * sizes.rows_of_axis[2], sizes.rows_of_axis[2], 1};
-    int64_t of_query[3], of_key[3];  // the windows in which the coordinates of queries and keys are decoded
+    int64_t of_query[3], of_key[3];  // extents that split the indices of queries and keys into coordinates
     for (int axis = 0; axis < 3; ++axis) {
       of_query[axis] = sizes.overlap ? p.geometry.window[axis] : p.geometry.table_window[axis];
       of_key[axis] = sizes.overlap ? sizes.key_window[axis] : p.geometry.table_window[axis];
@@ -402,12 +402,12 @@ class Bias {
   const float *table_, *dense_;
   int64_t num_heads_, types_;
   // For the table: centre_ is r_max; offset_ and key_offset_ are r(token) of queries and keys; run_ has the first query
-  // of each run, then N; column_ is the column that was read last, of column_head_ and column_type_.
+  // of each run, then N; column_ caches the column of the head column_head_ and the type column_type_.
   int64_t centre_ = 0, runs_ = 0, column_head_ = -1, column_type_ = -1;
   int64_t *offset_ = nullptr, *key_offset_ = nullptr, *run_ = nullptr;
   float* column_ = nullptr;
-  // The expanded bias (keys, queries): for each cached head, all blocks for the type in cached_type_; then one block
-  // for the other heads.
+  // The expanded bias (keys, queries): all blocks of each cached head, for the type in cached_type_; then space for one
+  // block of any other head.
   int64_t cached_heads_ = 0, head_stride_ = 0;
   float* written_ = nullptr;
   int64_t* cached_type_ = nullptr;
@@ -474,7 +474,8 @@ SWINKERNELS_INLINE const float* start_scores(const Sizes& sizes, Bias& bias, Axi
   return scores;
 }
 
-// Computes the scores (keys, queries) of a block: k (M, row) times the scaled queries q_t (row, block), + bias + mask.
+// Computes the scores (keys, queries) of a block: k (M, row) times the scaled queries q_t (row, block), plus bias and
+// mask.
 void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, const Window& window, const float* k,
                     const float* q_t, const float* bias, int64_t b, float* scores) {
   const int64_t queries = sizes.queries(b);
@@ -608,7 +609,7 @@ struct Backward {
   float* dcolumn;          // (table_rows)
   float* daxis_tables;     // (rows of all axes, row)
   float *dpad_k, *dpad_v;  // (row)
-  float dlogit_scale;      // without the factor
+  float dlogit_scale;      // not yet multiplied by score_factor
 
   Backward(const WindowAttentionBackwardParams& params, Arena& arena)
       : sizes(params.forward),

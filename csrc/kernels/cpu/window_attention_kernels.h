@@ -20,10 +20,10 @@ namespace swinkernels::cpu {
 float score_factor(const WindowAttentionForwardParams&, int64_t head);
 
 // The division of the backward pass into chunks, which does not depend on the number of threads. A chunk consists of
-// several windows of one bias type, for one head; the index of a chunk is window chunk * num_heads + head. Each chunk
+// several windows of one bias type, for one head; the index of a chunk is window_chunk * num_heads + head. Each chunk
 // sums its own parameter gradients.
 struct BackwardPartition {
-  int64_t windows_per_type;  // in the whole batch; window chunk = type * chunks_per_type + chunk within the type
+  int64_t windows_per_type;  // in the whole batch; window_chunk = type * chunks_per_type + chunk within the type
   int64_t windows_per_chunk;
   int64_t chunks_per_type;
   int64_t window_chunks;
@@ -33,7 +33,7 @@ struct BackwardPartition {
   float* dbias_table;   // (window_chunks, num_heads, table_rows)
   float* dbias;         // (window_chunks, num_heads, N, M)
   float* daxis_tables;  // (window_chunks, num_heads, rows of all axes, head_dim)
-  float* dlogit_scale;  // (window_chunks, num_heads), without the factor
+  float* dlogit_scale;  // (window_chunks, num_heads), not yet multiplied by score_factor
   float* dpad_kv;       // (window_chunks, num_heads, 2, head_dim)
   float* dkv;           // (windows of the batch, num_heads, 2, M, head_dim), if windows share keys
 };

@@ -1,1 +1,1 @@
-"""Creates adapters at run time for unknown classes that copy Microsoft's block or attention."""
+"""Creates adapters at run time for unknown classes whose code was copied from Microsoft's block or attention."""

@@ -1,4 +1,4 @@
-"""Adapters for window attention modules of unknown classes, inside blocks of no known form, such as HAT's.
+"""Adapters for window attention modules of unknown classes inside blocks that match no known form, such as HAT's.
 
 Only the attention module is replaced. The block still rolls the map and partitions it into windows, so the speedup is
 smaller than with a replaced block. The block's code does not matter, because x, the mask and, in HAT, the index into
@@ -50,7 +50,7 @@ _IMAGES, _WINDOWS = 2, 3  # images, and windows per image, in a trial
 
 @dataclass(frozen=True)
 class Form:
-    """The names of the arguments that follow x in the forward of a window attention."""
+    """The names of the arguments that follow x in the forward of a window attention module."""
 
     # The argument that holds the index into the bias table, or None if the index is a buffer of the module.
     index: str | None
@@ -58,9 +58,9 @@ class Form:
 
 
 def _form_by_signature(original: Any) -> Form | None:
-    """Infer the form from the signature of ``original.forward``; return None if x is followed by no mask.
+    """Infer the form from the signature of ``original.forward``.
 
-    Also return None if an argument after the mask has no default.
+    Return None if no mask follows x, or if an argument after the mask has no default.
     """
     taken = parameters_of(original)
     names = [p.name for p in taken]
@@ -78,14 +78,14 @@ def _volume(attn: Any) -> int:
 
 
 def _why_beyond_limits(attn: Any, n: int) -> str | None:
-    """Return the reason why the op does not accept windows of ``n`` tokens with the heads of ``attn``, or None."""
+    """Return the reason why the op rejects windows of ``n`` tokens with the head dimension of ``attn``, or None."""
     return why_beyond_limits(attn.qkv.out_features // (3 * attn.num_heads), (n,))
 
 
 def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | str:
     """Return the output of ``attn`` for the windows ``x``, computed by the op, or the reason why its own code must run.
 
-    ``index`` is used only if it is an argument in ``form``.
+    ``index`` is used only if ``form`` has an index argument.
     """
     reason = attn._swinkernels_changed() or why_not_window_attention(attn)
     if reason is not None:
@@ -182,7 +182,7 @@ _TRIALS = Verdicts()
 
 
 def _why_not(attn: Any, form: Form) -> str | None:
-    """Return the reason, from the op's limits or a trial, why the op cannot replace ``attn``, or None."""
+    """Check the op's limits and run a trial; return the reason why the op cannot replace ``attn``, or None."""
     beyond = _why_beyond_limits(attn, _volume(attn))
     if beyond is not None:
         return beyond
@@ -205,7 +205,7 @@ def _attempt(trial: Trial) -> str | None:
 
 
 def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
-    """Return (adapter, None) or (None, reason) for a module that resembles a window attention, None for others."""
+    """Return (adapter, None) or (None, reason) if ``module`` resembles a window attention module, else None."""
     original: Any = original_class(module)
     if not resembles_attention(module) or not hasattr(module, "window_size"):
         return None
@@ -223,7 +223,7 @@ def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
 
 
 def _part_reasons(attn: Any, backend: str, training: bool) -> list[str]:
-    """List the reasons why ``backend`` cannot run the op of ``attn`` on windows with a mask."""
+    """Return the reasons why ``backend`` cannot run the op for ``attn`` on windows with a mask."""
     weight, heads, n = attn.qkv.weight, attn.num_heads, _volume(attn)
     bias = torch.empty((2, heads, n, n), device="meta")
     head_dim = weight.shape[0] // (3 * heads)
@@ -253,7 +253,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
             _adapter,
             _swinkernels_others=tuple(parameters_of(original)[2 if form.index is None else 3 :]),
         ),
-        reason_to_skip=lambda attn: None,  # match has checked the module
+        reason_to_skip=lambda attn: None,  # `match` has already checked the module
         parts=(Part("attention", "window_attention", why_not_window_attention, _part_reasons),),
         input_shape=lambda attn: (_WINDOWS * _volume(attn), attn.qkv.in_features),
         weight=lambda attn: attn.qkv.weight,

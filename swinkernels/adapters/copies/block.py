@@ -1,7 +1,7 @@
-"""Adapters for copies of Microsoft's Swin block in any package; copies are found by structure and tested by a trial.
+"""Adapters for copies of Microsoft's Swin block in any package, recognised by structure and verified by a trial.
 
 Many backbones and models, such as Swin-Unet, SwinIR and Video Swin, contain modified copies of Microsoft's file, so
-there is no common class to import. A block is a candidate if it has the right attributes: ``window_size``,
+there is no common class to import. A block is a candidate if it has the following attributes: ``window_size``,
 ``shift_size``, ``norm1``, ``norm2``, ``mlp``, and in ``attn`` the layers ``qkv`` and ``proj``, ``num_heads`` and a bias
 table (v1) or the MLP and the scale of v2. Its forward may have one of several published forms (:class:`Form`). A trial
 (``trial.py``) decides: a copy of the block and its accelerated twin run on the same random inputs, and the first form
@@ -88,7 +88,7 @@ class Form:
 
 
 def resembles(module: nn.Module) -> bool:
-    """Return True if a module has the attributes of a shifted-window block."""
+    """Return True if ``module`` has the attributes of a shifted-window block."""
     return (
         not isinstance(module, torch.jit.ScriptModule)
         and resembles_attention(module._modules.get("attn"))
@@ -127,7 +127,7 @@ def _resolution(block: Any) -> tuple[int, ...] | None:
 
 
 def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the window and the shift that a block of this form uses for a map of ``size``."""
+    """Return the window size and shift size that ``block``, if it has this ``form``, uses for a map of ``size``."""
     window, shift = _window(block), _shift(block)
     if form.window == "stays":
         return window, shift
@@ -139,7 +139,10 @@ def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, 
 
 
 def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
-    """Return "padded" if a map of ``size`` needs padding, else "whole"; prefix "small, " if a window covers an axis."""
+    """Return "padded" if a map of ``size`` needs padding, else "whole", with the prefix "small, " for a small map.
+
+    A map is small if a window covers one of its axes.
+    """
     small = any(s <= w for s, w in zip(size, window, strict=True))
     padded = any(s % w for s, w in zip(size, window, strict=True))
     return ("small, " if small else "") + ("padded" if padded else "whole")
@@ -228,7 +231,7 @@ _NOTHING = nn.Identity()
 
 
 def _residual(block: Any, half: int, norm: str) -> Residual | None:
-    """Return the residual connection of ``half`` (1 or 2) with the norm next to it, or None without a drop path."""
+    """Return a Residual for ``half`` (1 or 2) with the norm named ``norm``, or None if that half has no drop path."""
     name = _name_of_drop_path(block, half)
     if name is None:
         return None
@@ -293,7 +296,7 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
 
 
 def _attention_branch(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
-    """Return the output of the attention branch, which in v1 includes norm1, in the layout of x."""
+    """Return the output of the attention branch in the layout of ``x``. In v1, the branch includes norm1."""
     return projected(block.attn, _attended(form, block, x, size, mask_value)).reshape(x.shape)
 
 
@@ -329,16 +332,17 @@ def _mlp_half(block: Any, s: Tensor, z: Tensor) -> Tensor:
 
 
 class StructuralBlock(DynamicSubclass):
-    """A block whose attention half is computed by a window attention op; the second base class is the original class.
+    """A block whose attention half is computed by a window attention op.
 
-    Geometry and parameters are read at every call. The block's own forward runs in every call that the trial does not
-    cover: with other arguments, with a map of another kind, with a nonstandard mask, with hooks inside the attention,
-    with layers other than nn.Linear, and while the code is traced.
+    The second base class of an accelerated class is the original class. Geometry and parameters are read at every call.
+    The block's own forward runs in every call that the trial does not cover: with other arguments, with a map of
+    another kind, with a nonstandard mask, with hooks inside the attention, with layers other than nn.Linear, and while
+    the code is traced.
     """
 
     _swinkernels_argument: str | None  # the argument after x
     _swinkernels_in_trial = False
-    # A snapshot of the MLP if, in a trial, its layers called in turn gave the results of its forward, else None.
+    # A snapshot of the MLP if a trial showed that calling its layers in turn is equivalent to its forward, else None.
     _swinkernels_mlp: Snapshot | None = None
 
     def _swinkernels_swapped(self) -> None:
@@ -402,7 +406,7 @@ _NAMES_OF_SIZES = {2: ("H W",), 3: ("D H W", "H W T", "H W D")}
 
 
 def _size_names(form: Form) -> list[str]:
-    """Return the names of the attributes from which the form reads the map's size; empty if it reads none."""
+    """Return the names of the attributes from which ``form`` reads the map's size, or an empty list."""
     is_named = form.size_from in itertools.chain(*_NAMES_OF_SIZES.values())
     return form.size_from.split() if is_named else []
 
@@ -422,7 +426,7 @@ _SIZES = ("x_size", "size", "hw_shape", "input_size", "input_resolution")
 
 
 def _forms(block: Any) -> Iterator[Form]:
-    """Yield the forms that fit a block's attributes and the signature of its forward, the most likely ones first."""
+    """Yield the forms that fit the attributes of ``block`` and the signature of its forward, most likely first."""
     taken = parameters_of(original_class(block))
     if not taken or any(p.default is inspect.Parameter.empty for p in taken[2:]):
         return
@@ -448,11 +452,11 @@ def _forms(block: Any) -> Iterator[Form]:
             yield Form(*source, window, pad_order, norm)
 
 
-_MOST_TOKENS = 20_000  # the largest number of tokens of a map in a trial
+_MOST_TOKENS = 20_000  # approximate limit on the number of tokens of a map in a trial
 
 
 def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
-    """Return the map sizes for the trials: small maps of each kind that the form accepts and, if needed, a large map.
+    """Return the map sizes for the trials: small maps of each kind that ``form`` accepts and, if needed, a large map.
 
     The large map has more tokens than any constant with which the block's code may compare the number of tokens.
     """
@@ -480,7 +484,7 @@ def _small_sizes(form: Form, block: Any) -> list[tuple[int, ...]]:
 
 
 def _small_resolution(block: Any) -> tuple[int, ...]:
-    """Return ``input_resolution``, reduced to few windows unless the block's code may treat a small map differently."""
+    """Return ``input_resolution``, reduced to a few windows unless the block may treat small maps differently."""
     resolution = _resolution(block)
     assert resolution is not None
     small = tuple(
@@ -493,7 +497,7 @@ def _small_resolution(block: Any) -> tuple[int, ...]:
 
 
 def _prepare(form: Form, block: Any) -> None:
-    """If the copy ``block`` stores its map's size, set it to that of a small map, and its stored mask to match."""
+    """If the copy ``block`` stores its map's size, reduce this size and recompute the stored mask to match."""
     if _resolution(block) is None:
         return
     resolution = _small_resolution(block)
@@ -505,7 +509,7 @@ def _prepare(form: Form, block: Any) -> None:
 
 
 def _call(form: Form, block: Any, x: Tensor) -> Any:
-    """Call the forward of the block's class on the map ``x``, with the arguments that the form requires."""
+    """Call the forward of the block's class on the map ``x``, with the arguments that ``form`` requires."""
     size = tuple(x.shape[1:-1])
     args: list[Any] = []
     if form.size_from == "argument":
@@ -522,8 +526,8 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     return type(block).forward(block, x, *args)
 
 
-# Signature -> the form that passed the trials, or the reason why none did. _TRIALS has the results of narrow copies,
-# _AT_OWN_WIDTH those of blocks at their own width.
+# Signature -> the form that passed the trials, or the reason why none did. _TRIALS holds the results for narrow copies,
+# _AT_OWN_WIDTH the results for blocks at their own width.
 _TRIALS: dict[tuple[Any, ...], Form | str] = {}
 _AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 
@@ -531,7 +535,7 @@ _AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 def _form_of(block: Any) -> Form | str:
     """Return the form that passes the trials, or the reason why no form fits.
 
-    Thorough trials run on a narrow copy of the block, then a short trial runs at the block's own width.
+    Thorough trials run on a narrow copy of the block; a short trial at the block's own width follows.
     """
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on the meta device, and an unknown class is replaced only after a trial with values"
@@ -626,7 +630,7 @@ def _put_in_place(form: Form, block: nn.Module) -> None:
 
 
 def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
-    """Return (adapter, None) or (None, reason) for a module that resembles a shifted-window block, else None."""
+    """Return (adapter, None) or (None, reason) if ``module`` resembles a shifted-window block, else None."""
     if not resembles(module):
         return None
     try:
@@ -651,7 +655,7 @@ def _why_not_this_one(block: Any) -> str | None:
 
 
 def _map(form: Form, block: Any) -> tuple[int, ...]:
-    """Return a map size of a kind for which the trial gave equal results, preferably one that needs padding."""
+    """Return a map size, preferably one that needs padding, of a kind that passed the trial."""
     if form.size_from == "input_resolution":
         resolution = _resolution(block)
         assert resolution is not None
@@ -701,7 +705,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
         name=NAME,
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda block: None,  # match has already checked the block
+        reason_to_skip=lambda block: None,  # `match` has already checked the block
         parts=(attention,),
         input_shape=lambda block: (*_map(form, block), block.attn.qkv.in_features),
         weight=_qkv_weight,

@@ -1,4 +1,4 @@
-"""Creates accelerated subclasses of classes from unknown packages at run time. Their instances can be pickled."""
+"""Creates, at run time, accelerated subclasses of classes from unknown packages. Their instances can be pickled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swinkernels.adapters.copies.snapshot import Snapshot
 
 # The attribute in which a block stores its mask. The mask is compared with the one computed from the geometry.
 MASK = "attn_mask"
-# The name of the adapters for unknown classes in reports, in place of a library's name.
+# The adapter name that reports show for unknown classes, in place of a library's name.
 NAME = "structural"
 
 
@@ -29,8 +29,8 @@ def others_are_default(others: tuple[inspect.Parameter, ...], args: Sequence[Any
     """Return True if all arguments that the form does not use have their default values.
 
     Args:
-        others: the parameters of forward after those that the form uses.
-        args, kwargs: the values given for these parameters.
+        others: the parameters of forward that follow the ones used by the form.
+        args, kwargs: the values given for ``others``.
     """
     if len(args) > len(others):
         return False
@@ -61,9 +61,9 @@ class DynamicSubclass(Accelerated):
 
     _swinkernels_form: Any
     _swinkernels_original: Any
-    # The parameters of forward after those that the form uses.
+    # The parameters of forward that follow the ones used by the form.
     _swinkernels_others: tuple[inspect.Parameter, ...] = ()
-    # Path -> snapshot, taken when the class was swapped, of this module or of an inner module that the op replaces.
+    # Path of this module or of an inner module that the op replaces -> its snapshot, taken when the class was swapped.
     _swinkernels_snapshots: dict[str, Snapshot] | None = None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -93,7 +93,7 @@ class DynamicSubclass(Accelerated):
                 return f"{name}: {reason}" if name else reason
         return None
 
-    # (original, form) -> the adapter of this class. The function must be importable, because pickle stores its name.
+    # (original, form) -> the adapter for this class. The function must be importable, because pickle stores its name.
     _swinkernels_adapter: Callable[[Any, Any], Adapter]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

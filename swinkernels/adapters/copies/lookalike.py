@@ -1,4 +1,4 @@
-"""Explains in the report why a module that resembles a window attention matches no known form."""
+"""Explains in the report why a module that resembles a window attention module matches no known form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ATTENTION = ("attn", "attention", "msa")
 
 
 def why_unknown(module: nn.Module) -> str | None:
-    """Return a message with the parts that a module similar to window attention lacks, or None for other modules."""
+    """Return a message that lists the missing parts if ``module`` resembles a window attention module, or None."""
     original: Any = original_class(module)
     name = original.__name__.lower()
     is_named = any(word in name for word in _ATTENTION)

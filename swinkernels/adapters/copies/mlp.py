@@ -45,9 +45,9 @@ def _compute(mlp: Any, x: Tensor) -> Tensor:
 
 
 def trusted(mlp: nn.Module, axes: int) -> Snapshot | None:
-    """Return a snapshot of ``mlp`` if a trial showed that its layers, called in turn, can replace its forward, or None.
+    """Return a snapshot of ``mlp`` if a trial showed that its layers, called in turn, can replace its forward.
 
-    ``axes`` is the number of axes of the MLP's input, not counting the batch and the channels.
+    Otherwise return None. ``axes`` is the number of axes of the MLP's input, not counting the batch and the channels.
     """
     linears = [m for m in mlp._modules.values() if isinstance(m, nn.Linear)]
     if len(linears) != 2 or any(p.is_meta for p in mlp.parameters()):
@@ -75,9 +75,10 @@ def _is_composition(mlp: nn.Module, axes: int, channels: int) -> bool:
 
 
 def fused(block: Any, z: Tensor, s: Tensor | None, drop: str | None, drop_kind: Any) -> Tensor | None:
-    """Return MLP(z), or s + drop(MLP(z)) if ``s`` is given, by fused matrix products; None if they cannot be used.
+    """Compute MLP(z), or s + drop(MLP(z)) if ``s`` is given, with fused matrix products.
 
-    ``drop`` and ``drop_kind`` are the name and the class of the drop path that follows the MLP in the block.
+    Return None if they cannot be used. ``drop`` and ``drop_kind`` are the name and the class of the drop path that
+    follows the MLP in the block.
     """
     if not linear_layers.fuses(z):
         return None

@@ -1,7 +1,7 @@
-"""Records the values and code on which a forward, and so the result of a trial, depends, except trainable tensors.
+"""Records the code and state, except values of float tensors, that determine a forward and hence a trial's result.
 
-Modules with equal :func:`signature_of` share one trial. Every call of an accelerated copy compares the module with its
-:class:`Snapshot`; a module that changed since its trial runs its own code.
+Modules with equal :func:`signature_of` share one trial. Every call of an accelerated module that passed a
+trial compares the module with its :class:`Snapshot`; a module that changed since its trial runs its own code.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from swinkernels.adapters.masks import holds
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
-# Attributes that every nn.Module has, and attributes that may differ between calls or between equal modules.
+# Attributes that every nn.Module has, and attributes that may differ between calls or between equivalent modules.
 _NOT_COMPARED = {*nn.Module().__dict__, "input_resolution", "attn_mask", "attn_mask_dict", "attention_bias_cache"}
 _RATES = {"p", "drop_prob"}  # read by dropout and drop path at every call; a trial replaces them
-_SIZES = {"H", "W", "D", "T"}  # the last map's sizes, if a method other than __init__ stores them
+_SIZES = {"H", "W", "D", "T"}  # the size of the last map, if a method other than __init__ stores it
 _READ_AT_EVERY_CALL = {"scale"}
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE, which is set for classes defined in Python
 
@@ -58,7 +58,7 @@ class _Values:
 
 
 def _has_plain_state(value: Any) -> bool:
-    """Return True if an object's class and attributes describe the object completely."""
+    """Return True if ``value`` is completely described by its class and its ``__dict__``."""
     classes = type(value).__mro__[:-1]
     plain = (types.SimpleNamespace,)
     return hasattr(value, "__dict__") and all(
@@ -67,7 +67,7 @@ def _has_plain_state(value: Any) -> bool:
 
 
 def described(value: Any, seen: dict[int, int] | None = None) -> Any:
-    """Return a hashable description of a value, equal for values that a forward cannot distinguish.
+    """Return a hashable description of ``value``. Values with equal descriptions can share a trial.
 
     The description of a value that cannot be compared equals no other description.
     """
@@ -114,12 +114,12 @@ def described(value: Any, seen: dict[int, int] | None = None) -> Any:
 
 
 def _own_classes(cls: type) -> list[type]:
-    """Return a class and its bases, except classes from torch, this package and the builtins."""
+    """Return ``cls`` and its bases, except classes from torch, this package and the builtins."""
     return [c for c in cls.__mro__ if c.__module__.partition(".")[0] not in ("torch", "swinkernels", "builtins")]
 
 
 def _attributes(module: nn.Module, sizes: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield the name and value of each attribute to compare. Skip those named in ``sizes``, which hold a map's size."""
+    """Yield (name, value) for each attribute to compare, except those named in ``sizes``, which hold a map's size."""
     cls: Any = original_class(module)
     skipped, recorded = {*_NOT_COMPARED, *sizes}, _recorded(cls)
     if not module._modules and not module._parameters:
@@ -155,7 +155,7 @@ _CODES: dict[type, list[tuple[Any, Any, list[Any], list[Any]]]] = {}
 
 
 def code_version(cls: type) -> int:
-    """Return the index in ``_CODES[cls]`` of the current version of the class's code, which is added if new."""
+    """Return the index in ``_CODES[cls]`` of the current code of ``cls``; append the code first if it is new."""
     versions = _CODES.setdefault(cls, [])
     for number, code in enumerate(versions):
         if _is_code(cls, *code):
@@ -166,7 +166,7 @@ def code_version(cls: type) -> int:
 
 
 def _is_code(cls: Any, forward: Any, call: Any, now: list[Any], then: list[Any]) -> bool:
-    """Return True if the code of ``cls`` is the recorded one.
+    """Return True if the current code of ``cls`` is the recorded version.
 
     This is fast, because nearly all compared values are identical objects.
     """
@@ -177,7 +177,7 @@ _MOST_OBJECTS = 1000
 
 
 def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Return the objects and containers in ``values``, and those inside them, each with a copy of its contents."""
+    """Return the objects and containers found recursively in ``values``, each with a copy of its contents."""
     found: dict[int, tuple[Any, Any]] = {}
     waiting = list(values)
     while waiting and len(found) < _MOST_OBJECTS:
@@ -200,7 +200,7 @@ def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
     return list(found.values())
 
 
-# Identifies this process, because the indices of code versions are valid only in one process.
+# Identifies this process, because the indices of code versions are valid only in the process that assigned them.
 _PROCESS = uuid.uuid4().hex
 
 
@@ -236,7 +236,7 @@ class Snapshot:
             for name, m in module._modules.items()
             if absorbs and m is not None and type(m).__module__.startswith("torch.nn.modules")
         )
-        # Name -> values of each int or bool buffer. A trial does not replace these buffers.
+        # Name of each int or bool buffer -> its values. A trial does not replace these buffers.
         self.kept = {n: _Values(b) for n, b in module._buffers.items() if b is not None and _has_values(n, b)}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -296,7 +296,7 @@ class Snapshot:
         return f"{name} was changed"
 
     def _differs_when_compiled(self, module: nn.Module) -> str | None:
-        """Do the work of :meth:`differs` in compiled code with fewer comparisons: dynamo guards on every value read."""
+        """Do the work of :meth:`differs` in compiled code. Compare fewer values, because dynamo guards on each one."""
         for name, value in zip(self.names, self.values, strict=True):
             if isinstance(value, (bool, int, float, str)) and getattr(module, name) != value:
                 return f"{name} was changed"
@@ -377,7 +377,7 @@ def largest_number(module: nn.Module, most: int, channels: int) -> int:
             found += [v for name in function.__code__.co_names if type(v := function.__globals__.get(name)) is int]
         while codes:
             code = codes.pop()
-            for value in code.co_consts:  # a constant may be a container, as in the test x in (1, 2)
+            for value in code.co_consts:  # a constant may be a container, as in `x in (1, 2)`
                 found += [v for v in (value if isinstance(value, (tuple, frozenset)) else (value,)) if type(v) is int]
             codes += [v for v in code.co_consts if isinstance(v, types.CodeType)]
     return max(n for n in found if n <= most)
@@ -433,7 +433,7 @@ def contents(value: Any, path: str, found: dict[str, Any]) -> None:
 
 
 def left_behind(module: nn.Module, reached: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """Return the state of a module, and of the ``reached`` objects outside the module, after a call."""
+    """Return the state, after a call, of ``module`` and of the ``reached`` objects outside the module."""
     found: dict[str, Any] = {}
     for path, m in module.named_modules():
         prefix = f"{path}." if path else ""

@@ -1,9 +1,10 @@
 """Compares a module of an unknown class with its accelerated twin on random inputs.
 
-Both are copies of the module with random parameters and buffers, on the CPU, in float64 and without hooks. Outputs are
-also compared in float32, float16 and bfloat16. The values are random because initial values can hide a difference: if
-the weight of a norm starts at 0, a whole branch is hidden. The buffers listed in ``_KNOWN_TENSORS`` keep their values.
-The module itself, its gradients and the state of every random number generator do not change.
+The comparison uses copies of the module with random parameters and buffers, on the CPU, in float64 and without hooks.
+Outputs are also compared in float32, float16 and bfloat16. Parameters are random because initial values can hide a
+difference: if the weight of a norm starts at 0, a whole branch contributes nothing. The buffers listed in
+``_KNOWN_TENSORS`` keep their values. The module itself, its gradients and the state of every random number generator do
+not change.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back,
 _TOLERANCE = 1e-6  # relative to the largest element; 1e-6 because constants in a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify rounding errors
 _LARGE_SCORE = 75.0
-# dtype -> the largest difference that counts as rounding: its root mean square divided by the output's. These are about
-# five times the largest differences measured for the forms of this package.
+# dtype -> the largest difference that counts as rounding error: the root mean square of the difference divided by that
+# of the output. The values are about five times the largest differences measured for the forms of this package.
 _ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 _MANY_IMAGES = 16
 # Tensors that keep their values in a trial, because a form depends on the values or checks them in every instance.
@@ -49,10 +50,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Width:
-    """The channels and heads of a module and of its narrow copy.
+    """The numbers of channels and heads of a module and of its narrow copy.
 
-    Sizes that are one to four times the channels are scaled like the channels. If the narrow copy's forward then raises
-    an error, the trial uses the module at full width.
+    A size that is 1, 2, 3 or 4 times ``channels`` is scaled by ``to_channels / channels``. If the narrow copy's forward
+    raises an error, the trial uses the module at full width.
     """
 
     channels: int
@@ -68,7 +69,7 @@ class Width:
         return self.to_channels // self.to_heads if size == self.channels // self.heads else size
 
     def of_tensor(self, path: str, name: str, given: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the narrow copy's shape of a parameter or buffer whose shape in the module is ``given``."""
+        """Return the shape, in the narrow copy, of a parameter or buffer that has the shape ``given`` in the module."""
         shape = tuple(map(self._to, given))
         if name == "relative_position_bias_table" and given[-1] == self.heads:
             shape = *shape[:-1], self.to_heads
@@ -96,7 +97,7 @@ _HEADS_NAMES = ("num_heads", "n_heads", "heads", "num_attention_heads")
 _HEAD_DIM_NAMES = ("head_dim", "key_dim", "val_dim", "attention_head_size")
 _OF_HEADS = ("logit_scale", "attention_biases", "relative_position_params")  # (heads, ...)
 _OF_AXES = ("rel_pos_h", "rel_pos_w")  # (offsets, head_dim)
-_MOST_TIMES = 4  # the largest multiple of the channels that is scaled, as for the hidden layer of an MLP
+_MOST_TIMES = 4  # the largest multiple of the number of channels that is scaled, such as an MLP's hidden width
 _SIZES_OF_MAPS = ("window_size", "shift_size", "input_resolution", "H", "W", "D", "T", "num_heads")
 _HEADS, _HEAD_DIM = 2, 8
 
@@ -137,18 +138,18 @@ class Trial:
     call: Callable[[nn.Module, Tensor], Any]
     # Changes a copy so that it accepts small inputs.
     prepare: Callable[[nn.Module], None] = lambda module: None
-    # True for a block with a mask, to compare the effect of the mask.
+    # True to compare the effect of the mask, for a block that has one.
     masks: bool = False
     # width: the width of a narrow copy. shapes: the shapes of parameters for small maps, by name. stand_in: a module
     # that replaces the MLP.
     width: Width | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stand_in: nn.Module | None = None
-    # True for a short trial: one call in eval mode.
+    # True for a short trial: one call per input, in eval mode.
     is_short: bool = False
     # True to compare in other dtypes and with more images even in a short trial. A thorough trial always does this.
     in_dtypes: bool = False
-    # True to also compare with each dropout probability set to 1, where the result does not depend on random numbers.
+    # True to also compare with each dropout probability in turn set to 1, so that no random numbers affect the result.
     drops: bool = False
     # The largest difference of outputs and gradients, relative to the largest element, that counts as rounding.
     tolerance: float = _TOLERANCE
@@ -158,9 +159,9 @@ class Trial:
     _left: dict[str, Any] = field(default_factory=dict)
 
     def run(self, cases: list[Case] | Callable[[Any], list[Case]]) -> tuple[frozenset[str], str]:
-        """Return the kinds of inputs that gave equal results, and the first difference or error, or "".
+        """Return the kinds of inputs that gave equal results, and the first difference or error as text, or "".
 
-        Inputs on which the module's own forward raises an error are ignored, unless there are no others.
+        Inputs on which the module's own forward raises an error are ignored, unless it does so on all inputs.
 
         Args:
             cases: the inputs, or a function that returns them for a copy of the module.
@@ -222,7 +223,7 @@ class Trial:
                     memo[id(t)] = torch.empty(self._shape(path, name, t), dtype=torch.float64)
             for value in m.__dict__.values():
                 for t in value.values() if isinstance(value, dict) else (value,):
-                    if isinstance(t, Tensor) and not t.is_leaf:  # a result of an earlier call; deepcopy rejects it
+                    if isinstance(t, Tensor) and not t.is_leaf:  # from an earlier call; deepcopy rejects such tensors
                         memo[id(t)] = t.detach().clone()
         plain = copy.deepcopy(self.module, memo)
         for m in plain.modules():
@@ -250,7 +251,7 @@ class Trial:
                 if isinstance(t, Tensor) and t.is_floating_point() and name not in _KNOWN_TENSORS:
                     t.data.uniform_(0.5, 1.5, generator=generator)
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # the op would draw other random numbers than the module
+                module.p = 0.0  # the op and the module would draw different random numbers
             elif isinstance(getattr(module, "drop_prob", None), float):
                 module.drop_prob = 0.5  # drop path
         if self.drops:
@@ -295,7 +296,7 @@ class Trial:
             self._compare_calls(plain, fast, x, False, " in training without gradients")
 
     def _compare_calls(self, plain: nn.Module, fast: nn.Module, x: Tensor, gradients: bool, when: str) -> None:
-        """Compare outputs, gradients, the random numbers drawn next, and the state after the calls."""
+        """Compare the modules' outputs and gradients, the next random number, and the state after the calls."""
         results = []
         for module in (plain, fast):
             torch.manual_seed(3)
@@ -360,7 +361,7 @@ class Trial:
         _check("another output at the largest scale", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
     def _compare_dropouts(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare the modules with one dropout probability at a time set to 1."""
+        """Compare the modules with each dropout probability in turn set to 1."""
         for number, (of, name) in enumerate(_dropouts(plain)):
             results = []
             for module in (plain, fast):
@@ -369,7 +370,7 @@ class Trial:
                 setattr(dropout, name, 1.0)
                 m: Any
                 for m in twin.modules():
-                    for rate in ("drop_prob", "p"):  # no drop path may draw random numbers
+                    for rate in ("drop_prob", "p"):  # disable drop paths, which would draw random numbers
                         if not isinstance(m, nn.Dropout) and isinstance(m.__dict__.get(rate), float):
                             m.__dict__[rate] = 0.0
                     if isinstance(m, Accelerated):
@@ -379,9 +380,9 @@ class Trial:
 
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
         """Compare the modules with scores of about -75 and 75, for which the mask value matters."""
-        # With these scores tokens attend across a mask of -100, but not across one of -1000. The halves of the map have
-        # opposite signs, so a window at the seam contains both. Keys are the negated queries, so a token's scores are
-        # low in its own region and high in the other.
+        # With these scores, tokens attend across a mask of -100, but not across one of -1000. The halves of the map
+        # have opposite signs, so a window at the seam contains both. Keys are the negated queries, so a token's scores
+        # are low in its own region and high in the other.
         sign = torch.ones((), dtype=torch.float64)
         for length in x.shape[1:-1]:
             sign = sign[..., None] * torch.where(torch.arange(length) < length // 2, 1.0, -1.0).double()
@@ -467,7 +468,7 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
 def _make_scale_largest(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if name.endswith("logit_scale"):
-            p.data.fill_(8.0)  # far above ln 100, the bound of the clamp
+            p.data.fill_(8.0)  # far above ln 100, the upper bound of the clamp
 
 
 def _make_scores_large(attn: Any) -> None:
@@ -496,7 +497,7 @@ _SPOKE_AT = [0.0]
 
 @contextlib.contextmanager
 def told_after_seconds() -> Iterator[None]:
-    """While the context is active, let trials print a notice, at most every two seconds."""
+    """Let trials print a progress notice, at most every two seconds, while the context is active."""
     _SPOKE_AT[0] = time.monotonic()
     try:
         yield
@@ -546,7 +547,7 @@ def _short(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Enable gradients, disable autocast, create tensors on the CPU; restore the random number generators at exit."""
+    """Enable gradients, disable autocast and create tensors on the CPU; restore random number generators at exit."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:

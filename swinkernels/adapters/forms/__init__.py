@@ -1,1 +1,1 @@
-"""Forms of modules unlike Microsoft's block: functions that compute a forward with the op, used only after a trial."""
+"""Forms of modules that differ from Microsoft's block. A form computes a forward with the op, and must pass a trial."""

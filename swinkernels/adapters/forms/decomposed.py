@@ -1,4 +1,4 @@
-"""Runs the attention of SAM's and ViTDet's blocks, which has unshifted windows and decomposed relative positions."""
+"""Computes the attention of SAM's and ViTDet's blocks: unshifted windows with decomposed relative positions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,11 @@ def decomposed_attention(
 
 
 def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...], ...]:
-    """Return the map sizes for a trial: one that needs padding and one that does not, or one that fits the tables."""
+    """Return the map sizes for a trial.
+
+    With windows, one size needs padding and one does not. Without windows, the only size fits the tables, if there are
+    any.
+    """
     channels = attn.qkv.in_features
     if window > 0:
         return (window + 1, 2 * window + 1, channels), (2 * window, window, channels)
@@ -65,7 +69,9 @@ def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...]
 
 
 def small_tables(name: str, window: int, attn: Any, uses_tables: bool) -> dict[str, tuple[int, ...]]:
-    """Return the tables' shapes for a map of at most 7 x 6 tokens; empty if the module has windows or no tables.
+    """Return the shapes of the tables, by parameter name, for a map of at most 7 x 6 tokens.
+
+    The dict is empty if the module has windows or no tables.
 
     Args:
         name: the name of the module with the tables.

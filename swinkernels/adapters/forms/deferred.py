@@ -42,7 +42,7 @@ def deferred(
 
 
 def _is_traced(tensors: Sequence[Any]) -> bool:
-    """Return True under a compiler, an exporter or a transform, or if ``tensors`` contains a subclass of Tensor."""
+    """Return True under a compiler, an exporter or a transform, or if ``tensors`` contains a tensor of a subclass."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -106,7 +106,7 @@ class _Linked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         source, needs, create_graph = ctx.source, ctx.needs_input_grad[3:], torch.is_grad_enabled()
-        with torch.enable_grad():  # on aliases, because one of the tensors may be computed from another
+        with torch.enable_grad():  # aliases, so that gradients do not flow between tensors computed from one another
             read = [t.view_as(t) for t in source.read]
         wanted = [t for t, need in zip(read, needs, strict=True) if need]
         found = iter(torch.autograd.grad(source.value(read), wanted, gradient, create_graph=create_graph))
@@ -114,7 +114,7 @@ class _Linked(torch.autograd.Function):
 
 
 class _Attached(torch.autograd.Function):
-    """Returns a value computed without gradients, and passes its gradient to the deferred tensor."""
+    """Returns ``value``, which was computed without gradients, and passes its gradient to the deferred tensor ``x``."""
 
     @staticmethod
     def forward(ctx, x, value):

@@ -1,7 +1,8 @@
 """Accelerated classes of modules that have a form (:class:`Form`).
 
-An accelerated class is created for each pair of original class and form, and is pickled as that pair. Its method runs
-the form's forward, or the module's own code if the form requires that or if the module has changed since its trial.
+An accelerated class is created for each pair of original class and form, and is pickled as that pair. The method that
+the form replaces runs the form's forward, or the module's own code if the form requires that or if the module has
+changed since its trial.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Described(DynamicSubclass):
 def _parameters(form: Form) -> tuple[frozenset[str], int, bool]:
     """Describe the arguments of ``form.forward`` that follow ``module`` and ``attend``.
 
-    Return their names, the largest number of positional ones, and True if any keyword is accepted.
+    Return their names, the maximum number of positional arguments, and True if any keyword is accepted.
     """
     parameters = list(inspect.signature(form.forward).parameters.values())[2:]
     named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
@@ -120,7 +121,7 @@ def _why_not_taken(form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _snapshots(form: Form, module: nn.Module) -> dict[str, Snapshot]:
-    """Return snapshots of the module, and of the modules inside it that the op replaces, by path."""
+    """Return snapshots, by path, of ``module`` and of the modules inside it that the op replaces."""
     found = {"": Snapshot(module, absorbs="" in form.absorbs)}
     for root in form.absorbs:
         for path, m in module.get_submodule(root).named_modules(prefix=root):
@@ -160,7 +161,7 @@ def _unfit(module: Any) -> str | None:
 
 
 def _hooked(module: Any) -> str | None:
-    """Describe a hook that the form would not run, or return None if there is none."""
+    """Return a description of a hook that the form would not run, or None."""
     for path in module._swinkernels_snapshots:
         m = inside(module, path)
         if m is None:
@@ -193,7 +194,7 @@ _SPECS: dict[tuple[Any, ...], tuple[tuple[WindowSpec, int], ...]] = {}
 
 
 class _Calls(list[tuple[WindowSpec, int, int]]):
-    """Lists the op's calls, each as its spec, head_dim and number of scores. Copies of a module share the list."""
+    """Lists the op's calls, each as (spec, head_dim, number of scores). Copies of a module share the list."""
 
     # True if the calls return zeros, so that inputs of any size are cheap.
     are_dry = False
@@ -213,7 +214,7 @@ def _put_in_place(form: Form, calls: _Calls, module: nn.Module) -> None:
 
 
 def _dry_calls(form: Form, module: nn.Module, sizes: Sequence[tuple[int, ...]]) -> list[_Calls]:
-    """Return the op's calls for one image of each size, found with a copy on the meta device."""
+    """Return the op's calls for one image of each size in ``sizes``, recorded with a copy on the meta device."""
     tensors = [t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     copied = copy.deepcopy(module, {id(t): t.detach().to("meta") for t in tensors})
     for m in copied.modules():
@@ -264,17 +265,17 @@ def _why_not_by_trial(form: Form, module: nn.Module) -> str | None:
             _SPECS[key] = tuple(
                 dict.fromkeys(s for c in _dry_calls(form, module, form.sizes(module)) for s in c.specs())
             )
-        except Exception:  # the code may need values
+        except Exception:  # the code may read tensor values, which do not exist on the meta device
             _SPECS[key] = calls.specs()
     return reason
 
 
 _BATCH = 2  # images in a trial; with one image, a wrong stride between images would go unnoticed
-_MOST_TOKENS = 20_000  # a larger number in a module's code is not taken for a number of tokens
+_MOST_TOKENS = 20_000  # larger numbers in a module's code are assumed not to be compared with a number of tokens
 
 
 def _sizes(form: Form, module: Any) -> list[tuple[int, ...]]:
-    """Return the form's sizes. For a form that recognises modules by their attributes, a large size may follow.
+    """Return the form's sizes. For a form that recognises modules by their attributes, a large size may be appended.
 
     The large size has more tokens than any number, up to ``_MOST_TOKENS``, with which the module's code may compare
     the number of tokens.
@@ -295,7 +296,7 @@ def _cases(form: Form, is_short: bool, module: nn.Module) -> list[Case]:
     sizes = _sizes(form, module)
     try:
         scores = [sum(n for *_, n in calls) for calls in _dry_calls(form, module, sizes)]
-    except Exception:  # the code may need values; the trial reports other errors
+    except Exception:  # the code may read tensor values; the trial reports other errors
         scores = [math.prod(size) for size in sizes]
     images = [1 if is_short or _BATCH * n > MOST_SCORES else _BATCH for n in scores]
     cases = [Case((b, *size), f"{size}", b * n) for size, b, n in zip(sizes, images, scores, strict=True)]
@@ -319,7 +320,7 @@ def _attempt(form: Form, calls: _Calls, trial: Trial) -> str | None:
 def _why_not_tried(form: Form, module: nn.Module) -> str | None:
     """Return a reason to skip ``module`` without a trial, or None.
 
-    These reasons are not part of a trial, because its verdict is cached for all equal modules.
+    These reasons are not part of a trial, because the verdict of a trial is cached for all equivalent modules.
     """
     if all_modules_have_hooks():
         return "a global module hook is registered"
@@ -330,7 +331,7 @@ def _why_not_tried(form: Form, module: nn.Module) -> str | None:
 
 
 def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | None] | None:
-    """Return (adapter, None) or (None, reason) for a module that one of the forms fits, None for any other module."""
+    """Return (adapter, None) or (None, reason) if one of ``forms`` describes ``module``, else None."""
     form = next((form for form in forms if form.fits(module)), None)
     if form is None:
         return None
@@ -360,7 +361,7 @@ def _hooked_before(form: Form, module: nn.Module) -> str | None:
 
 
 def _part_reasons(form: Form, module: Any, backend: str, training: bool) -> list[str]:
-    """List the reasons why ``backend`` cannot run the module's calls of the op."""
+    """Return the reasons why ``backend`` cannot run the op calls of ``module``."""
     weight, specs = first_weight(module), _SPECS.get((form, signature_of(module)), ())
     drops = [m.p for name, m in module.named_modules() if isinstance(m, nn.Dropout) and name.endswith("attn_drop")]
     p = max(drops, default=0.0) if training else 0.0
@@ -384,7 +385,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
         name=form.name,
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda module: None,  # match has checked the module
+        reason_to_skip=lambda module: None,  # `match` has already checked the module
         parts=(
             Part(
                 "attention",

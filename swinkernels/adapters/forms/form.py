@@ -1,4 +1,4 @@
-"""Defines Form, which describes how the modules of a class compute window attention, so that they can use the op."""
+"""Defines Form: a description of how the modules of a class compute window attention, which lets them use the op."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Form:
 
 
 def named(name: str) -> Form:
-    """Return the form called ``name``, for unpickling. The user or an imported library must have registered it."""
+    """Return the form called ``name``, for unpickling: one of this package, or one that a user registered."""
     if name not in _KNOWN:
         from swinkernels.adapters.adapter import loaded_adapters  # here, to avoid an import cycle
 

@@ -1,12 +1,12 @@
-"""Forms of published code that is copied under many class names; they recognise modules by their attributes.
+"""Forms of published code that is copied under many class names. The forms recognise modules by their attributes.
 
-The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. Those of SCUNet and Swin-MAE roll
-and mask maps of whole windows; SCUNet's mask is -inf. FDAT's attention has a dense bias. ResShift's blocks have
-channels first. Segment Anything's blocks have decomposed relative positions. EsViT's blocks return attention weights,
-which the stage discards. In HTSAT and laion-clap the stage returns the mean attention weights of its blocks. Uformer
-has separate layers for queries and for keys and values, and in VRT the two frames of a window also attend to each
-other. nnFormer's stages compute the mask, order the rows of the bias table differently, and in the decoder compute the
-queries from a second input.
+The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. The attention modules of SCUNet and
+Swin-MAE roll and mask maps that consist of whole windows; SCUNet's mask value is -inf. FDAT's attention has a dense
+bias. ResShift's blocks use channels-first maps. Segment Anything's blocks have decomposed relative positions. EsViT's
+blocks return attention weights, which the stage discards. In HTSAT and laion-clap the stage returns the mean attention
+weights of its blocks. Uformer has one layer for queries and another for keys and values, and in VRT the two frames of a
+window also attend to each other. nnFormer's stages compute the mask, order the rows of the bias table differently, and
+in the decoder compute the queries from a second input.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
 Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
@@ -283,7 +283,7 @@ def _why_not_htsat(stage: Any, x: Tensor, size: tuple[int, ...]) -> str | None:
 
 
 def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
-    """Return the stage's output and attention weights: the mean over its blocks or, in training, the last block's.
+    """Return the stage's output and its attention weights: the mean over all blocks or, in training, the last block's.
 
     No model reads the attention weights of all stages, so they are computed only when first read. With dropout they are
     computed immediately, because the op could not draw the same random numbers later.
@@ -342,7 +342,7 @@ HTSAT = Form(
 )
 
 
-# A block whose maps have channels first
+# A block with channels-first maps
 
 
 def _is_resshift(module: nn.Module) -> bool:
@@ -391,7 +391,7 @@ def _rows(x: Tensor, mask: Any) -> Any:
 def _dense(bias: Tensor | None, mask: Tensor | None, num_heads: int) -> Tensor | None:
     """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N), either of which may be None.
 
-    If a row of the mask is -inf everywhere, the row of the sum is NaN, as a softmax of the row would be.
+    If all elements of a mask row are -inf, the row of the sum is NaN, as a softmax of the row would be.
     """
     if mask is None:
         return bias
@@ -532,8 +532,8 @@ VRT = Form(
 )
 
 
-# Stages of volumes. The rows of their bias tables are not in row-major order of the offsets. The stages of
-# nnFormer_acdc.py have no mask and other windows, so only their attention modules use the op.
+# Stages that process volumes. The rows of their bias tables are not in row-major order of the offsets. The stages of
+# nnFormer_acdc.py use different windows and no mask, so only their attention modules use the op.
 
 
 def _is_nnformer(module: nn.Module, *names: str) -> bool:
@@ -621,7 +621,10 @@ def _nnformer_decoder(stage: Any, attend: Any, x: Tensor, skip: Tensor, *size: i
 
 
 def _call_nnformer(stage: Any, x: Tensor) -> Tensor:
-    """Call the stage on the volume ``x`` of any size. For a decoder, every second token forms the smaller volume."""
+    """Call ``stage`` on the volume ``x``, which may have any size.
+
+    A decoder also receives a smaller volume, which is computed from every second token of ``x`` along each axis.
+    """
     size = tuple(x.shape[1:4])
     for block in stage.blocks:
         block.input_resolution = size

@@ -1,4 +1,4 @@
-"""Forms of weather models; they recognise modules by their attributes.
+"""Forms of weather models. The forms recognise modules by their attributes.
 
 Pangu-Weather's blocks have a separate bias table for each position of a window in height and latitude, and pad the map
 on both sides. The maps are volumes or, in FengWu, planes. Aurora's blocks have no bias, and their map may wrap around
@@ -26,7 +26,7 @@ _MOST_TOKENS = 1024
 
 
 def _pads(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """Return the number of pad tokens before the map on each axis: half of those on the axis, rounded down."""
+    """Return, per axis, the number of pad tokens before the map: half of all pad tokens on the axis, rounded down."""
     return tuple(-s % w // 2 for s, w in zip(size, window, strict=True))
 
 
@@ -42,7 +42,7 @@ def _longitude_first(*geometry: int, device: torch.device | str) -> Tensor:
     """Return the standard mask, with the axes (windows along the longitude, windows along the other axes, N, N).
 
     Args:
-        geometry: the frame, the window and the shift, with one number per axis each.
+        geometry: the sizes of the frame, the window and the shift, in this order, with one number per axis each.
         device: the mask's device.
     """
     axes = len(geometry) // 3
@@ -102,8 +102,8 @@ def _regions(
 ) -> Tensor:
     """Return the region of each token of the shifted and padded map, as an integer.
 
-    If the map wraps at the date line, the regions on both sides of it are one region. All pad tokens form another
-    region.
+    If ``wraps`` is True, the map wraps at the date line, and the regions on both sides of it count as one. All pad
+    tokens form another region.
     """
     region = torch.zeros((), dtype=torch.int32, device=device)
     for axis, (n, w, s) in enumerate(zip(size, window, shift, strict=True)):

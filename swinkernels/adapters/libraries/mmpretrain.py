@@ -186,7 +186,10 @@ _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1",
 
 
 def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
-    """Return norm1(x) of a v1 block; under autocast, in QKV's input dtype if only accelerated attention reads it."""
+    """Return norm1(x) of a v1 block.
+
+    Under autocast, the result has QKV's input dtype if only accelerated attention reads it.
+    """
     if (
         autocast_dtype(x) is None
         or class_of(attn) is not AcceleratedShiftWindowMSA
@@ -241,7 +244,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
 
 
 class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
-    """mmpretrain's v2 block, with both residual connections and their norms computed by an op."""
+    """mmpretrain's v2 block, with both residual connections and their norms computed by the residual_post_norm op."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -259,7 +262,7 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
 
 
 def _why_not_usual(merging: Any) -> str | None:
-    """Return the reason why ``merging`` is not patch merging of 2x2 tokens by nn.Unfold with a norm, or None."""
+    """Return the reason why ``merging`` does not merge 2x2 tokens with nn.Unfold and a norm, or None."""
     sampler = child(merging, "sampler")
     reason = why_not_absorbed("sampler", sampler, nn.Unfold, "an nn.Unfold")
     if reason is not None:
@@ -282,7 +285,7 @@ _MERGING_V2 = Merging("post", lambda merging: merging.out_channels, lambda axes:
 
 
 def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]] | None:
-    """Return the tokens merged by the op and the size of their map, or None if the library's own code has to run."""
+    """Return the op's merged tokens (B, L, C) and their map's size, or None if the library's own code has to run."""
     if merging._swinkernels_own_code(x) or x.dim() != 3 or not isinstance(input_size, Sequence):
         return None
     height, width = input_size
@@ -293,14 +296,14 @@ def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tens
 
 
 class AcceleratedMMCVPatchMerging(Accelerated, MMCVPatchMerging):
-    """mmcv's patch merging, used in v1, computed by an op."""
+    """mmcv's patch merging, used in v1, computed by the patch_merging op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING, self, x, input_size) or super().forward(x, input_size)
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """mmpretrain's patch merging, used in v2, computed by an op."""
+    """mmpretrain's patch merging, used in v2, computed by the patch_merging op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING_V2, self, x, input_size) or super().forward(x, input_size)
@@ -310,7 +313,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 def _attention_size(attn: Any) -> tuple[int, int]:
-    """Return a map size that needs padding and a shift on both axes, because ``attn`` stores no map size."""
+    """Return a map size that needs padding and a shift on both axes; ``attn`` itself stores no map size."""
     return attn.window_size + 1, attn.window_size + 2
 
 

@@ -4,7 +4,7 @@ For attention, MONAI pads the map, rolls it, partitions it into windows and late
 process each token separately, so QKV and the projection run on the map in image order, and the op addresses the
 windows. A pad token is a row of zeros that MONAI inserts after norm1, so its q, k and v are the bias of the QKV layer.
 On an axis where the map is no larger than the window, the window shrinks to the map and is not shifted; its token t
-(row-major) then uses the bias table's entries of token t of the full window.
+(row-major) then uses the bias table's entries for token t of the full window.
 
 MONAI computes the mask of a stage's shifted windows, (num_windows, N, N) in float32, at every call. If all blocks of a
 stage use ops, the stage does not compute the mask.
@@ -183,7 +183,10 @@ _RESIDUAL = Residual("norm2", "drop_path", DropPath, "MONAI's DropPath", _casts_
 
 @constant_when_compiled
 def _order(kind: Any, axes: int) -> str | None:
-    """Return the neighbour order of the class ``kind``, found by a call, or None. MONAI 1.5 changed the order."""
+    """Return the order in which the class ``kind`` merges neighbours, or None if the order is unknown.
+
+    The order is found by calling a module of the class, because MONAI 1.5 changed it.
+    """
     return _find_order(kind, axes)
 
 
@@ -264,7 +267,7 @@ class AcceleratedBasicLayer(Accelerated, BasicLayer):
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
-    """MONAI's patch merging "mergingv2", computed by an op."""
+    """MONAI's patch merging "mergingv2", computed by the patch_merging op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING_V2.run(self, x)
@@ -272,7 +275,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """MONAI's patch merging "merging", computed by an op."""
+    """MONAI's patch merging "merging", computed by the patch_merging op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING.run(self, x)
@@ -323,7 +326,7 @@ def _map_to_report_on(block: Any) -> tuple[int, ...]:
 
 
 def _map_to_verify(block: Any) -> tuple[int, ...]:
-    """Return a map size with padding and a shift on two axes. On a third axis the window shrinks, to save time."""
+    """Return a map size with padding and a shift on two axes. In 3D, the window shrinks on the third, to save time."""
     window = tuple(block.window_size)
     return (window[0] + 1, window[1] + 2, *(3 for _ in window[2:]))
 

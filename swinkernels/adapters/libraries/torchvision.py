@@ -14,7 +14,7 @@ Residual connections, norms and patch merging are computed by ops.
 torch.fx traces torchvision's code. To keep the ops in a feature extractor, make the modules leaves of its graph:
 ``create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [ShiftedWindowAttention]})``.
 
-Source: torchvision.models.swin_transformer, torchvision 0.26 to 0.29, in which this file is the same.
+Source: torchvision.models.swin_transformer, which is the same file in torchvision 0.26 to 0.29.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _without_k(qkv_bias: Tensor | None) -> Tensor | None:
-    """Return the QKV bias with zeros for k. The zeros are assigned, because a NaN times zero would stay NaN."""
+    """Return the QKV bias with zeros for k. The zeros are assigned, because NaN * 0 would stay NaN."""
     if qkv_bias is None:
         return None
     qkv_bias = qkv_bias.clone()
@@ -131,7 +131,7 @@ def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
 
 
 class _Attention(Accelerated):
-    """Base class of torchvision's accelerated attention, which stores an index into the bias table.
+    """Base class of torchvision's accelerated attention modules, which store an index into the bias table.
 
     Geometry, parameters and the index are read or compared at every call. torchvision's code runs if the op cannot
     replace it, for example while TorchScript or FX traces the code, or if the bias table or index fits another window.
@@ -166,9 +166,9 @@ class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
 
 
 def _stochastic_depth_scale(stochastic_depth: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the per-sample factors by which torchvision's StochasticDepth would multiply y, or None if they are 1.
+    """Return the per-sample factors by which torchvision's StochasticDepth would multiply ``y``, or None if they are 1.
 
-    They are computed from the same random numbers as in torchvision.
+    The factors are computed from the same random numbers as in torchvision.
     """
     if class_of(stochastic_depth) is nn.Identity or stochastic_depth.p == 0.0 or not stochastic_depth.training:
         return None
@@ -219,7 +219,10 @@ def _why_not_op(attn: Any) -> str | None:
 
 
 def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
-    """Return norm1(x) of a v1 block; under autocast, in QKV's input dtype if only accelerated attention reads it."""
+    """Return norm1(x) of a v1 block.
+
+    Under autocast, the result has QKV's input dtype if only accelerated attention reads it.
+    """
     if autocast_dtype(x) is None or _why_not_op(attn) is not None:
         return child(block, "norm1")(x)
     return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
@@ -278,7 +281,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
 
 
 class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
-    """torchvision's v2 block, with its residual connections and norms computed by an op."""
+    """torchvision's v2 block, with its residual connections and norms computed by the residual_post_norm op."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -294,7 +297,7 @@ class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """torchvision's patch merging, computed by an op."""
+    """torchvision's patch merging, computed by the patch_merging op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)
@@ -302,7 +305,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
-    """torchvision's v2 patch merging, computed by an op."""
+    """torchvision's v2 patch merging, computed by the patch_merging op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING_V2.run(self, x)
@@ -313,7 +316,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 
 def _map_size(window: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a map size that needs padding and a shift on each axis, because the module stores no map size."""
+    """Return a map size that needs padding and a shift on each axis; the module itself stores no map size."""
     return window[0] + 1, *(w + 2 for w in window[1:])
 
 

@@ -2,7 +2,7 @@
 
 Video Swin has 3D windows. On an axis where the map is no longer than the window, the window shrinks to the map, is not
 shifted, and uses the bias of the first tokens of a full window. MaxViT attends in windows or dilated grids, and
-computes its scale from the number of all channels instead of the channels per head.
+computes its scale from the total number of channels instead of the channels per head.
 
 Source: torchvision.models.video.swin_transformer and torchvision.models.maxvit, torchvision 0.26 to 0.29.
 """
@@ -39,9 +39,9 @@ def _swin3d(attn: Any, attend: Any, x: Tensor) -> Any:
 
 
 def _swin3d_sizes(attn: Any) -> tuple[tuple[int, ...], ...]:
-    """Return map sizes that each shrink the window on one axis and, if the window is small, one that does not.
+    """Return map sizes: three on which the window shrinks on one axis and, for a small window, one where it does not.
 
-    The scores of large 3D windows would take long to compute.
+    For a large 3D window that does not shrink, the scores would take long to compute.
     """
     (d, h, w), channels = attn.window_size, attn.qkv.in_features
     few = [(d + 1, 2, w + 1, channels), (2, h + 1, w + 1, channels), (d + 1, h + 1, 1, channels)]

@@ -43,7 +43,7 @@ def _entrypoint(name: str, original: Callable[..., nn.Module]) -> Callable[..., 
 
 
 def _hub_id(cfg: Any, name: str, tag: str) -> str | None:
-    """Return the hub id of timm's weights. To a bare "timm/", timm would append the name with ``PREFIX``."""
+    """Return the hub id of timm's weights. timm would append the model's name, with ``PREFIX``, to a bare "timm/"."""
     return f"timm/{name}.{tag}" if cfg.hf_hub_id == "timm/" and tag else cfg.hf_hub_id
 
 

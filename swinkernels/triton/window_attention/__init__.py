@@ -1,4 +1,4 @@
-"""Window attention in Triton; 2D is 3D with a leading axis of one token.
+"""Window attention in Triton; in 2D a map has a leading axis of length one.
 
 From the bottom up: ``call`` (the kernels' arguments), ``windows`` (the windows of a program), ``rows`` (reading and
 writing tokens), ``key_windows`` (keys from a larger window), ``mask`` (the shift's seam), ``scores``, ``gradients``,

@@ -6,10 +6,10 @@ Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a -
           the bias is A E, where E[c, j] is one if key j has coordinate c, else zero. Backward: dA = dS E^T; with
           dR[i, r] = dA[i, c] for row(i, c) = r: dq += dR table, and dtable = dR^T q, summed over windows and heads.
 Steps     A query tile is multiplied by all rows of the tables once, and a gather along each row picks A from the
-          products; every tile of keys then needs one more product. The bias itself is never in memory. The backward
-          pass stores A for the kernel of dk and dv, and dA for the kernel of the tables' gradients.
+          products; every tile of keys then needs one more matrix product. The bias itself is never in memory. The
+          backward pass stores A for the kernel of dk and dv, and dA for the kernel of the tables' gradients.
 Rounding  The tables and A are float32. With 16-bit maps each value is split into two numbers of the map's dtype, whose
-          sum has twice the digits; in float16 the values are first divided by a factor that brings them into range.
+          sum has twice the precision; in float16 the values are first divided by a factor that brings them into range.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from swinkernels.triton.window_attention.gradients import add_product, excess_of
 
 
 class Split(NamedTuple):
-    """A float32 tile, stored as factor * (high + low) in two 16-bit tiles; with float32 maps ``high`` is the tile."""
+    """A float32 tile, stored as factor * (high + low) in two 16-bit tiles; if the maps are float32, just ``high``."""
 
     high: Any
     low: Any
@@ -59,9 +59,9 @@ def _add_split(total, a, b, STATIC: tl.constexpr):
 
 @triton.jit
 def _row_and_column(query, at, OF_AXIS: tl.constexpr, STATIC: tl.constexpr):
-    """Return, for each query, the sum of a column and its table row, which is the same for all columns of an axis.
+    """Return, for each query, column + row(query, column), which is the same for all columns of an axis.
 
-    ``at`` contains rows or columns; OF_AXIS is their number on each axis. The result is (queries, len(at)).
+    ``at`` contains rows or columns, of which each axis has OF_AXIS. The result is (queries, len(at)).
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS

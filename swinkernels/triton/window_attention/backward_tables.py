@@ -56,7 +56,7 @@ def bwd_axis_tables(
 
 @triton.jit
 def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
-    """Return, on one axis, the query coordinate for each row and key, (rows, keys); outside the window if none fits."""
+    """Return, on one axis, the query coordinate paired with each row and key, (rows, keys); out of range if none is."""
     if PAIRS:
         query = tl.where((row // WINDOW)[:, None] == key[None, :], (row % WINDOW)[:, None], -1)
     else:
@@ -66,7 +66,7 @@ def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
 
 @kernel
 def fold_dbias(dbias, dbias_table, num_heads, STATIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Fold dbias (heads, N, M) onto (rows, heads): sum the pairs of query and key that use each row.
+    """Fold dbias (heads, N, M) onto (rows, heads): sum it over the pairs of query and key that use each row.
 
     ``num_heads`` is the number of heads of all window types together.
     """

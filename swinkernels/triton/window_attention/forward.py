@@ -66,7 +66,7 @@ def fwd_whole(call, out, lse, batch_windows, windows_per_program, STATIC: tl.con
 
 @kernel
 def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Run the forward pass for windows of several tiles; a program owns a query tile of a window and a head."""
+    """Run the forward pass for windows of several tiles; a program owns a query tile of a window, for one head."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     VOLUME: tl.constexpr = STATIC.VOLUME
@@ -107,7 +107,7 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
                 key_region = region_of(window, key, key_beyond, seams, call, STATIC)
                 scores = masked(scores, query_region, key_region, call)
         higher = tl.maximum(top, tl.max(scores, axis=1))  # finite: every key tile contains a token
-        if call.dense_bias is not None:  # which may be minus infinity for all keys of a tile
+        if call.dense_bias is not None:  # a dense bias may be minus infinity for all keys of a tile
             higher = tl.maximum(higher, _LOWEST)
         probs = exp_units(scores - higher[:, None], STATIC)
         rescale = exp_units(top - higher, STATIC)

@@ -15,7 +15,7 @@ from swinkernels.triton.window_attention.call import K
 
 @triton.jit
 def locate_keys(window, token, call, STATIC: tl.constexpr):
-    """Return the positions of the keys ``token`` of ``window``, as Tokens."""
+    """Return the positions of the keys with indices ``token`` in the key window of ``window``, as Tokens."""
     if STATIC.HAS_KEY_WINDOW:
         WINDOW: tl.constexpr = STATIC.WINDOW
         KEY_WINDOW: tl.constexpr = STATIC.KEY_WINDOW

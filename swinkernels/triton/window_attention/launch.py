@@ -87,10 +87,10 @@ class _Prepared(NamedTuple):
     types: int  # window types with separate biases
 
     def groups(self, per_window: int, programs: int, most: int = INT32_MAX) -> tuple[int, int, int]:
-        """Divide the windows into groups, each run by ``per_window`` programs, for about ``programs`` in all.
+        """Divide the windows into groups, each processed by ``per_window`` programs, about ``programs`` in all.
 
-        A group has windows of one type. Returns the number of windows of each type, the number of windows in a
-        group, at most ``most``, and the number of groups.
+        All windows of a group have the same type. Returns the number of windows of each type, the number of windows in
+        a group, at most ``most``, and the number of groups.
         """
         of_type = self.batch_windows // self.types
         each = min(most, of_type, max(1, -(-self.batch_windows * per_window // programs)))

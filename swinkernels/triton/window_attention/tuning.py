@@ -18,7 +18,7 @@ FOLD_KEYS = 256  # keys per step of fold_dbias
 
 
 class Tiles(NamedTuple):
-    """The tokens in a query tile and in a key tile of a kernel, and the compiler's launch options."""
+    """The numbers of tokens in a query tile and in a key tile of a kernel, and the launch options."""
 
     block_q: int
     block_k: int
@@ -59,15 +59,15 @@ def tiles(
     wide = head_dim > 64
     if axis_columns > 64:  # two tiles of all columns are kept in registers
         return Tiles(32, 32, 4, 1) if itemsize == 2 else Tiles(16, 16, 4, 1)
-    if axis_columns and name in ("bwd_tiled_dq", "bwd_axis_tables"):  # keeps dA or a tile of dtable
+    if axis_columns and name in ("bwd_tiled_dq", "bwd_axis_tables"):  # dA or a tile of dtable is kept in registers
         return tiles(name, keys, head_dim, itemsize)._replace(num_warps=8)
     whole = max(16, triton.next_power_of_2(keys))
     if itemsize == 4:
-        # Products not rounded to TF32 run on the scalar units with operands in registers, so tiles are small.
+        # Without TF32, float32 products run on the CUDA cores, with operands in registers, so tiles are small.
         block = whole if name.endswith("whole") else 16 if wide else 32
         return Tiles(block, block, 4, 1)
     if name.endswith("whole"):
-        # The matrix units compute 16 rows of a tile per warp; Hopper's process 64 rows with four warps at once.
+        # A tensor core instruction computes 16 rows of a tile per warp; on Hopper four warps together compute 64 rows.
         num_warps = whole // 16
         if name == "bwd_whole":
             # Beyond head_dim 32, dq, dk, dv and four 64 x 64 float32 tiles need the registers of 8 warps.

@@ -1,4 +1,4 @@
-// Emulated twin of csrc/bindings/current_stream.h, included before the bindings. With this header, the bindings are
+// Emulated version of csrc/bindings/current_stream.h, included before the bindings. With this header, the bindings are
 // registered for CPU tensors and launch the emulated kernels; a launch error becomes an exception with the emulator's
 // message.
 #pragma once

@@ -1,4 +1,4 @@
-// Emulated twin of the CUDA toolkit's cuda_bf16.h: __nv_bfloat16, rounding to nearest even.
+// Emulated version of the CUDA toolkit's cuda_bf16.h: __nv_bfloat16, rounding to nearest even.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// Emulated twin of the CUDA toolkit's cuda_fp16.h: __half with IEEE conversions, rounding to nearest even.
+// Emulated version of the CUDA toolkit's cuda_fp16.h: __half with IEEE conversions, rounding to nearest even.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// Emulated twin of the CUDA toolkit's cuda_runtime.h: keywords, built-in variables, intrinsics and collectives.
+// Emulated version of the CUDA toolkit's cuda_runtime.h: keywords, built-in variables, intrinsics and collectives.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -218,7 +218,7 @@ template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
                          emulation::Site site = emulation::Site::current()) {
   const int lane = emulation::lane_index(), source = lane ^ lane_mask;
-  // Lanes of an earlier segment can be read, lanes of a later segment cannot.
+  // Lanes of an earlier segment can be read, but lanes of a later segment cannot.
   return emulation::shuffle("__shfl_xor_sync", mask, value, source < (lane & -width) + width ? source : lane, site);
 }
 template <class T>

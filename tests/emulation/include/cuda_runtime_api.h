@@ -1,4 +1,4 @@
-// Emulated twin of the CUDA toolkit's cuda_runtime_api.h: the types and host functions that the kernels use.
+// Emulated version of the CUDA toolkit's cuda_runtime_api.h: the types and host functions that the kernels use.
 #pragma once
 
 #include <cstddef>

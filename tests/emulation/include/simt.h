@@ -45,8 +45,8 @@ int lane_index();
 uint32_t active_mask();
 unsigned char* dynamic_shared_memory();
 
-// cp.async of the calling thread: the destination becomes NaN at the issue, and receives the bytes at the wait for
-// the copy's group. This reveals a missing wait or barrier, and a copy into a buffer that is still being read.
+// cp.async of the calling thread: the destination becomes NaN at once, and receives the bytes at the wait for the
+// copy's group. This reveals a missing wait or barrier, and a copy into a buffer that is still being read.
 void async_copy(void* destination, const void* source, int bytes, bool valid, const Site& site);
 void async_commit();
 void async_wait(int groups_left);
@@ -59,7 +59,7 @@ struct LaunchShape {
 // Returns 0 or a cudaError_t.
 int run_grid(const LaunchShape& shape, void (*kernel)(void* context), void* context);
 
-int multiprocessors();        // emulated; few, so that persistent loops iterate
+int multiprocessors();        // emulated: few, so that persistent loops iterate
 int shared_bytes_of_block();  // emulated: the maximum of dynamic shared memory for a launch
 
 }  // namespace emulation

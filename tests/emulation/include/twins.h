@@ -1,5 +1,5 @@
-// Emulated twins of csrc/kernels/common/ptx.cuh and launch.cuh. Included before every kernel source (g++ -include); it
-// defines their guards, so that the originals are skipped wherever they are included.
+// Emulated versions of csrc/kernels/common/ptx.cuh and launch.cuh. This header is included before every kernel source
+// (g++ -include) and defines the include guards of the originals, so that these are skipped wherever they are included.
 #pragma once
 
 #define SWINKERNELS_KERNELS_COMMON_PTX_CUH_
@@ -25,7 +25,7 @@ struct MmaOperand {
   const uint32_t* b;
 };
 
-// d (16 x 8, spread over the lanes) += a * b in float.
+// d (16 x 8, distributed over the lanes) += a * b in float.
 template <int K>
 inline void multiply(const float (&a)[16][K], const float (&b)[K][8], void* const (&operands)[kWarpSize]) {
   float d[16][8];
@@ -46,7 +46,7 @@ inline void multiply(const float (&a)[16][K], const float (&b)[K][8], void* cons
   }
 }
 
-// The 16-bit forms: K / 8 registers for each half of A's rows, K / 8 for B.
+// mma with 16-bit operands: K / 8 registers for each half of A's rows, and K / 8 for B.
 template <class T, int K>
 inline void execute_mma16(void* const (&operands)[kWarpSize], uint32_t) {
   float a[16][K], b[K][8];
@@ -67,7 +67,7 @@ inline void execute_mma16(void* const (&operands)[kWarpSize], uint32_t) {
 }
 
 inline void execute_mma_tf32(void* const (&operands)[kWarpSize], uint32_t) {
-  constexpr uint32_t kTf32Bits = 0xffffe000u;  // the hardware ignores the others
+  constexpr uint32_t kTf32Bits = 0xffffe000u;  // the hardware ignores the other bits
   float a[16][8], b[8][8];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const int g = lane / 4, t = lane % 4;

@@ -8,10 +8,10 @@
 //           registers; at the end the block's threads that share a column add their sums in order, and
 //           reduce_partials.cu adds the blocks' sums. If there are enough registers, the next row is loaded before this
 //           one is reduced. Otherwise each warp has only one row in flight, but 12 warps suffice: about 5 saturate the
-//           memory (traffic 460 cycles per warp and row, latency 800, computation 1,300).
+//           memory (cycles per warp and row: traffic 460, latency 800, computation 1,300).
 // Order     there are no atomics: results are bitwise reproducible on one device.
 // Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes per row, are read once.
-//           Partials are 8 * blocks * length bytes, written and read in L2.
+//           The partial sums take 8 * blocks * length bytes, which are written and read in L2.
 // Roofline  memory bound, like the forward kernel:
 //           merging, bf16         232 MB  69 us, 650 instructions 35 us, 164 registers, 12 warps, 37 KB in flight
 //           residual, bf16        312 MB  93 us, 630 instructions 34 us, 160 registers, 12 warps, 55 KB in flight
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     if (row.exists) row.position = args.source.position(number);
     return row;
   };
-  // Load unconverted vectors. Missing vectors are zeros, which do not change any sum.
+  // These functions load unconverted vectors. Missing vectors are zeros, which do not change any sum.
   const auto load_x = [&](const Row& row, int i) {
     if (!row.exists || !columns.has(i) || !slots.exists(i, row.position)) return typename X::Raw{};
     return X::load(X::row(args.normalised, row.position.offset, x_dtype), slots.offset(i), x_dtype);
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
       }
     };
 
-    float sums[2] = {0.0f, 0.0f};  // over the row, of g = dz * weight and of g * (x - mean)
+    float sums[2] = {0.0f, 0.0f};  // sums over the row of g = dz * weight and of g * (x - mean)
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       float centred[kVec], dz[kVec], w[kVec];

@@ -96,8 +96,8 @@ bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments
   return Source::of(params.rows, &args->source);
 }
 
-// Sets *blocks to the number of blocks that can be resident on the device at the same time, but no more than the rows
-// occupy.
+// Sets *blocks to the number of blocks that can be resident on the device at the same time, but to no more than the
+// rows need.
 template <class Kernel>
 cudaError_t plan_blocks(Kernel kernel, const RowThreads& threads, size_t smem_bytes, int64_t rows, int64_t* blocks) {
   const cudaError_t status = resident_blocks(kernel, threads.block, smem_bytes, blocks);

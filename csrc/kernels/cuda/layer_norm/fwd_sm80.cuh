@@ -9,7 +9,7 @@
 // Traffic   every element of x (and y) is read once, every element of s and z is written once; mean and rstd take 8
 //           bytes per row.
 // Roofline  memory bound; H100 SXM, published peak 3.35 TB/s, for (128, 56, 56, 96). Instructions are counted in the
-//           sm_90 code, per warp and 24 * 32 elements; the time that follows is that of their issue slots.
+//           sm_90 code, per warp and 24 * 32 elements; the time after a count is that of the issue slots.
 //           merging, bf16         155 MB  46 us, 470 instructions 25 us,  72 registers, 28 warps, 43 KB in flight
 //           residual, bf16        312 MB  93 us, 570 instructions 31 us,  95 registers, 20 warps, 61 KB in flight
 //           residual, f32 + bf16  466 MB 139 us, 590 instructions 32 us, 126 registers, 16 warps, 74 KB in flight
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
     for (int i = 0; i < kVecs; ++i) total[0] += sum_pairwise(v[i]);
     group.sum(total);
     const float near_mean = total[0] * args.inverse_length;
-    float sums[2] = {0.0f, 0.0f};  // sums of x - near_mean and of its square
+    float sums[2] = {0.0f, 0.0f};  // sums of v - near_mean and of its square
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       float square[kVec];

@@ -64,7 +64,7 @@ struct MapRows {
   uint64_t batch_stride;    // from one image of x to the next, in elements
   uint32_t axis_stride[3];  // in elements of x
 
-  // Returns false if the number of tokens or a stride is too large, or if the rows are not a whole number of images.
+  // Returns false if the number of tokens or a stride is too large, or if the rows do not form whole images.
   bool fill(const LayerNormRows& rows, const int64_t (&z_tokens)[3], int64_t channels, const int64_t (&step)[3]) {
     int64_t count = 1, stride = channels;
     int32_t extent[3];
@@ -73,7 +73,7 @@ struct MapRows {
       if (z_tokens[axis] > INT32_MAX || count > INT32_MAX) return false;
       extent[axis] = static_cast<int32_t>(z_tokens[axis]);
       axis_stride[axis] = 0;
-      if (rows.size[axis] > 1) {  // the stride of an axis of one token is never used
+      if (rows.size[axis] > 1) {  // the stride of an axis with one token is never used
         if (stride * step[axis] > UINT32_MAX) return false;
         axis_stride[axis] = static_cast<uint32_t>(stride * step[axis]);
       }
@@ -93,15 +93,16 @@ struct Nibbles {
   __device__ __forceinline__ uint32_t operator[](uint32_t i) const { return bits >> 4 * i & 15; }
 };
 
-// The piece of a merged row that contains a given column. Several pieces may be the same neighbour.
+// The piece of a merged row that contains a given column. Several pieces may be copies of the same neighbour.
 struct MergedPiece {
   uint32_t within;       // position of the column in the piece
   bool repeats;          // an earlier piece has the same neighbour and writes its dx
   uint32_t next;         // the next piece with the same neighbour; kNone if there is none, or if `repeats` is true
-  uint32_t destination;  // the neighbour that gets dx or, if `repeats` is true, one without a piece, which gets zeros
+  uint32_t destination;  // the neighbour to write dx to or, if `repeats` is true, one without a piece, to set to zero
 };
 
-// A merged row consists of pieces, which are neighbours in x. Bit a of a neighbour's index is its offset on axis a.
+// A merged row consists of pieces, each a token of a block of x, such as 2 x 2 neighbours. Bit a of a neighbour's index
+// is its offset in the block on axis a.
 struct MergedRows : MapRows {
   static constexpr uint32_t kNone = 15;
 
@@ -205,7 +206,7 @@ struct MergedRows : MapRows {
   }
 
   static bool of(const LayerNormRows& rows, MergedRows* source);
-  // Returns true if several pieces are the same neighbour. Returns false for rows that `of` rejects.
+  // Returns true if several pieces are copies of the same neighbour. Returns false for rows that `of` rejects.
   static bool has_repeats(const LayerNormRows& rows) {
     MergedRows source;
     return rows.layout == RowLayout::kMerging && of(rows, &source) && source.repeats != 0;

@@ -101,10 +101,11 @@ struct LayerNormTraits {
   // With 1,024 threads, a thread's 64 registers suffice for the sums of dweight and dbias, but not for the slots as
   // well.
   static constexpr bool kBackwardKeepsSlots = kMaxThreads < 1024;
-  // True if the kernel supports merging in which several pieces are the same neighbour, as in MONAI up to 1.4.
+  // True if the kernel supports merged rows in which several pieces are copies of the same neighbour, as in MONAI up to
+  // 1.4.
   static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;
-  // The next row is loaded before this one is processed: in the forward pass always; in the backward pass if there are
-  // enough registers for both rows, the sums of dweight and dbias, and 60 other values.
+  // If kKeepsRow, the next row is loaded before this one is processed: always in the forward pass, and in the backward
+  // pass if there are enough registers for both rows, the sums of dweight and dbias, and 60 other values.
   static constexpr int kRowRegisters =
       kVecs * (In::kWords + Out::kWords + (kOp == LayerNormOp::kResidual ? In::kWords : 0));
   static constexpr bool kForwardPrefetch = SWINKERNELS_NORM_FORWARD_PREFETCH && kKeepsRow;

@@ -4,9 +4,9 @@
 //           kAxisColumns columns per axis, one per key coordinate c: A[i, c of a] = q_i . R_a[i_a - c + w_a - 1].
 //           E[c of a, j] is one if key j has coordinate c on axis a, else zero, so the bias is A E.
 // Steps     A warp multiplies its 16 queries by all rows of both tables, writes the products to shared memory, and
-//           reads A from there as fragments, once per block of queries. Each step of 16 keys then takes eight more mma.
-//           E is not stored: each lane has the addresses of rows of an identity matrix, from which ldmatrix assembles
-//           E.
+//           reads A from there as fragments, once per block of queries. Each step of 16 keys then takes eight more mma
+//           instructions. E is not stored: each lane has the addresses of rows of an identity matrix, from which
+//           ldmatrix assembles E.
 // Rounding  The tables are float32. Each entry is split into a high and a low part of the maps' type; for float16, the
 //           tables are first scaled into its range by a power of two. A is split into two bfloat16 parts for maps of
 //           either type, because it may exceed float16's range.
@@ -81,8 +81,9 @@ template <class T, bool kKeysAreColumns>
 struct KeyColumns {
   alignas(16) T identity[2][kAxisColumns][8];  // two chunks of 8 columns
 
-  // Returns the array that follows this struct in shared memory: for every 16 keys and each lane, the rows that the
-  // lane passes to two ldmatrix, as byte offsets from the start of shared memory. `keys` is a multiple of 16.
+  // Returns the array that follows this struct in shared memory: for every 16 keys and each lane, the addresses of the
+  // rows that the lane passes to two ldmatrix instructions, as byte offsets from the start of shared memory. The array
+  // is for `keys` keys, a multiple of 16.
   __device__ __forceinline__ int2* places() { return reinterpret_cast<int2*>(this + 1); }
   __host__ __device__ static int bytes(int keys) {
     return static_cast<int>(sizeof(KeyColumns)) + 2 * keys * static_cast<int>(sizeof(int2));
@@ -110,7 +111,7 @@ struct KeyColumns {
     }
   }
 
-  // Loads E for 16 keys: if kKeysAreColumns, e[j] has 8 keys; otherwise e[axis] has the 16 columns of an axis.
+  // Loads E for 16 keys as two groups of fragments: one for every 8 keys if kKeysAreColumns, otherwise one per axis.
   __device__ __forceinline__ void load(uint32_t (&e)[2][4], int key) {
     const int2 place = places()[2 * key + threadIdx.x % 32];
     if constexpr (kKeysAreColumns) {
@@ -161,7 +162,7 @@ struct AxisBias : RowFragments<__nv_bfloat16, 4 * kAxisColumns> {
       for (int axis = 0; axis < 2; ++axis) {
         const int window = layout.window[1 + axis],
                   coordinate = PackedToken::coordinate(packed[g + 8 * half], 1 + axis);
-        const float* const met = table + coordinate + window - 1 - 2 * t;  // by column 2t
+        const float* const met = table + coordinate + window - 1 - 2 * t;  // product for column 2t
         float x[4];
 #pragma unroll
         for (int n = 0; n < 4; ++n) {

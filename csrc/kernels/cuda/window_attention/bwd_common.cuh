@@ -42,7 +42,7 @@ __device__ __forceinline__ void to_probabilities(float (&score)[kTiles][4], cons
   }
 }
 
-// Turns p into ds.
+// Turns the probabilities p into dS.
 template <int kTiles>
 __device__ __forceinline__ void to_dscores(float (&p)[kTiles][4], const float (&dp)[kTiles][4],
                                            const float (&delta)[2]) {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
   }
 }
 
-// Of this warp's 16 rows, adds those of pad tokens, times factor, to `sum`, which has one value per column. is_pad
+// Adds the rows of pad tokens among this warp's 16 rows, times factor, to `sum`, which has one value per column. is_pad
 // refers to this thread's two rows.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,

@@ -1,19 +1,20 @@
 // Window attention backward for long windows of the plain kind (long_windows.cuh), and for windows of any length with
 // axis_tables (bwd_axis_sm80.cuh). Other long windows use bwd_sm80.cuh.
 //
-// Maths     As in bwd_sm80.cuh and, for v2, cosine.cuh, with seven products of blocks: three in the query kernel, which
-//           also sums dbias, and four in the key kernel, which reads the delta that the query kernel stored.
+// Maths     As in bwd_sm80.cuh and, for v2, cosine.cuh, with seven tile products: three in the query kernel, which also
+//           sums dbias, and four in the key kernel, which reads the delta that the query kernel stored.
 // Queries   A block processes one strip of a head's queries after another, 16 rows per warp, against all keys of a
-//           window. Each warp has up to 64 of these keys, so P, dP and the running dbias of its part stay in registers
-//           (dbias for all windows of the block), and nothing is computed twice. Warps with the same rows exchange
-//           their parts of delta and dq through shared memory. At the end of each strip, the block writes its share of
-//           the gradient of the table or the dense bias. For v2, unit rows replace k once the scores have been
+//           window. Each warp processes at most 64 of these keys, so P, dP and the running dbias of its part stay in
+//           registers (dbias for all windows of the block), and nothing is computed twice. Warps with the same rows
+//           exchange their parts of delta and dq through shared memory. At the end of each strip, the block writes its
+//           share of the gradient of the table or the dense bias. For v2, unit rows replace k once the scores have been
 //           computed.
 // Keys      A block of four warps processes blocks of 64 keys of one window and head, 16 keys per warp; queries arrive
-//           in blocks of 64. The rows of the transposed scores are keys, so P and dS are directly the left operands of
-//           the products for dv and dk. For v2, dk is a product with a second tile, of unit rows of q.
-// Order     No atomics: a block adds its windows and strips in order, and reduce_partials.cu adds the blocks' sums in
-//           order.
+//           in blocks of 64. The rows of the transposed scores are keys, so the fragments of P and dS can be used
+//           directly as the left operands of the products for dv and dk. For v2, the right operand for dk is a second
+//           tile with the unit rows of q.
+// Order     No atomics: a block accumulates over its windows and strips in order, and reduce_partials.cu adds the
+//           blocks' sums in order.
 // Traffic   The query kernel reads k and v once per strip, the key kernel reads q and dout once per block of keys,
 //           mostly from L2; delta passes from one to the other through memory, 4 bytes per query.
 // Limits    head_dim <= 64.
@@ -712,7 +713,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           pack_fragment<T>(fragment, p);
           add_fragment_b<T>(dv, fragment, dout, 16 * step);
           if constexpr (kHasNarrowRange<T>) {
-            // A key past the window may have any score. Its sums are never read, but they must not raise the exponent.
+            // Keys past the window may have any score. Their sums are never read, but must not raise the exponent.
             if (first + row0 + 16 > num_tokens) {
 #pragma unroll
               for (int j = 0; j < 2; ++j) {

@@ -1,13 +1,13 @@
-// Window attention backward, map to map, for short windows of 16-bit elements, the most common calls (see
-// is_short16() in short16.cuh). This kernel executes two thirds as many instructions as the general kernel
-// (bwd_sm80.cuh).
+// Window attention backward for short windows of 16-bit elements, the most common calls (see is_short16() in
+// short16.cuh). This kernel executes two thirds as many instructions as the general kernel (bwd_sm80.cuh).
 //
 // Maths     As in bwd_sm80.cuh.
 // Tiling    A warp has 16 queries with p, dp and the running dbias in registers, and 16 keys for dk and dv; bias
 //           fragments are in shared memory. Rows are loaded and stored as in the forward kernel (fwd_short16_sm80.cuh):
 //           dq and dv are stored through the rows of v in shared memory, dk through the rows of k. p, ds and the
 //           gradients are written by stmatrix if the GPU has it.
-// Order     No atomics: a block adds its windows in order, and reduce_partials.cu adds the blocks' sums in order.
+// Order     No atomics: a block accumulates over its windows in order, and reduce_partials.cu adds the blocks' sums in
+//           order.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 14 * B * S * C bytes, plus lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 544 MB, 162 us at 3.35 TB/s (H100 SXM, published
 //           peak). Executed instructions, counted in the sm_90 code: 2,824 per window and head; 75 us of issue
@@ -43,7 +43,7 @@ struct Short16BackwardSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // used at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; in shared memory, because dbias fills the registers
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; in shared memory, because dbias leaves too few registers
   Short16Tokens<Traits::kBlock> tokens;
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   int32_t exponents[Traits::kWarps];  // exponents of ds, half_range.cuh

@@ -1,4 +1,4 @@
-// Window attention backward, map to map; the scores are recomputed from q, k and lse.
+// Window attention backward, from and to feature maps; the scores are recomputed from q, k and lse.
 //
 // Maths     p = exp(score - lse), dp = d * (dout v^T) with d as in fwd_sm80.cuh, delta_i = sum_j p_ij dp_ij,
 //           ds = p * (dp - delta); dv = (d p)^T dout, dq = scale * ds k, dk = scale * ds^T q (for v2 see cosine.cuh),
@@ -9,11 +9,12 @@
 //           in a whole row of ds.
 // Tiling    Short windows (one block of keys): a block loops over windows of one head, and a warp has 16 queries with
 //           p, dp and the running dbias in registers. p and ds are transposed through shared memory for dv and dk, of
-//           which a warp computes 16 keys. Long windows: for each block of queries, the kernel sweeps over the keys
+//           which a warp computes 16 rows. Long windows: for each block of queries, the kernel sweeps over the keys
 //           twice, for delta and for dq; then, for each block of keys, over the queries for dk and dv. This takes nine
-//           products of blocks (eleven for rows of more than 64 columns), compared with five for short windows. A
-//           separate kernel, bwd_bias_sm80.cuh, computes dbias. Most 16-bit calls use bwd_long_sm80.cuh instead.
-// Order     No atomics: a block adds its windows in order, and reduce_partials.cu adds the blocks' sums in order.
+//           tile products (eleven for rows of more than 64 columns), compared with five for short windows. A separate
+//           kernel, bwd_bias_sm80.cuh, computes dbias. Most 16-bit calls use bwd_long_sm80.cuh instead.
+// Order     No atomics: a block accumulates over its windows in order, and reduce_partials.cu adds the blocks' sums in
+//           order.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
 // Roofline  memory bound. The most common case runs the kernel in bwd_short16_sm80.cuh; see the figures there. At
 //           window 7 and head_dim 32: three blocks, 12 warps per multiprocessor.
@@ -52,7 +53,7 @@ struct BackwardShortSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // used at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; in shared memory, because dbias fills the registers
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; in shared memory, because dbias leaves too few registers
   WindowTokens<7, Traits::kKeys, Traits::kBlock> tokens[kSlots];
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   float logit_sums[Traits::kWarps];
@@ -319,8 +320,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const Bias bias_source = staged_bias<Traits>(args, share, smem.table, constants);
   float logit_sum = 0.0f;
 
-  // Computes p and dp for this warp's 16 rows of the query block in q and dout and for the key block in k and v;
-  // returns one bit per attention weight, which is set if dropout keeps the weight.
+  // Computes p and dp for this warp's 16 rows of the query block (tiles q and dout) and for the key block (k and v).
+  // Returns one bit per attention weight, which is set if dropout keeps the weight.
   const auto recompute = [&](float (&p)[kTiles][4], float (&dp)[kTiles][4], int row0, uint32_t window, int query_block,
                              int key_block) {
     // Values derived from row and col are recomputed on use, because registers are scarce.

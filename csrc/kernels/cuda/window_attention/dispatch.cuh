@@ -20,14 +20,14 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
 template <class Traits>
 constexpr bool kHasPlainLong = sizeof(typename Traits::T) == 2 && Traits::kHeadDim <= 64;
 
-// Returns true if a call is of the plain kind (long_windows.cuh). Its maps and its table are checked by make_long().
+// Returns true if a call is of the plain kind (long_windows.cuh); make_long() checks its maps and its table.
 inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_bytes) {
   const bool (&pairs)[3] = params.geometry.table_pairs;
   return (params.logit_scale == nullptr || params.bias == nullptr) && params.bias_types == 1 && !pairs[0] &&
          !pairs[1] && !pairs[2] && params.dropout_p == 0.0f && params.head_dim * element_bytes % 16 == 0;
 }
 
-// Returns true if there are kernels for a call with axis_tables. Its maps are checked by make_long().
+// Returns true if there are kernels for a call with axis_tables; make_long() checks its maps.
 inline bool takes_axis_tables(const WindowAttentionForwardParams& params) {
   const WindowGeometry& geometry = params.geometry;
   return params.dtype != DType::kFloat32 && geometry.window[0] == 1 && params.axis_rows[0] == 0 &&

@@ -7,10 +7,10 @@
 //           is always subtracted; it is only updated if a score exceeds it by more than kSlack, for which float16 has
 //           enough range.
 // Tiling    A block of four warps processes one or more blocks of 64 queries of one window and head, 16 queries per
-//           warp, with their fragments in registers. Keys arrive in blocks of 64, each while the previous one is
-//           processed, 16 keys at a time: keys past the window cost nothing. Row sums are a matrix product of the
-//           rounded probabilities with ones. For v2 they are sums in float, because few keys may have nearly all of a
-//           row's probability, and their rounding would be a large error in lse.
+//           warp, with their fragments in registers. Keys are copied in blocks of 64, each while the previous one is
+//           processed in steps of 16 keys; steps past the window are skipped. Row sums are a matrix product of the
+//           rounded probabilities with ones. For v2 they are sums in float: a few keys may have nearly all of a row's
+//           probability, and rounding it would cause a large error in lse.
 // Traffic   As in fwd_sm80.cuh; k and v are read once per block of queries, mostly from L2.
 // Limits    head_dim <= 64.
 #pragma once
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBias
           __syncthreads();
           const int4 votes = *reinterpret_cast<const int4*>(smem.out_of_range);
           if ((votes.x | votes.y | votes.z | votes.w) == 0) continue;
-          // Repeat with the maximum. The first keys are copied again, unless the next block has already requested them.
+          // Repeat with the maximum. The first keys are copied again, unless the copy for the next block has begun.
           maximum_runs = again = true;
           if (block + 1 == end_block) copy_keys(stage, 0);
           ptx::cp_async_commit();

@@ -1,5 +1,5 @@
-// Window attention forward, map to map, for short windows of 16-bit elements, the most common calls (see is_short16()
-// in short16.cuh). This kernel executes half as many instructions as the general kernel (fwd_sm80.cuh).
+// Window attention forward for short windows of 16-bit elements, the most common calls (see is_short16() in
+// short16.cuh). This kernel executes half as many instructions as the general kernel (fwd_sm80.cuh).
 //
 // Maths     As in fwd_sm80.cuh, but in bfloat16 p = exp2(score), without a maximum, if all row sums are between 2^-80
 //           and 2^64. bfloat16 has the exponent range of float, so p is accurate at any size, and sums of p v are
@@ -7,7 +7,7 @@
 //           subtracts the maximum of each row, as it always does in float16. The matrix unit computes the row sums of
 //           the rounded p. lse is written on request.
 // Tiling    A warp has 16 queries and all keys, 32, 56 or 64; a block of up to 64 rows loops over windows of one head,
-//           with bias fragments in registers. Rows of up to 64 bytes arrive in a ring of two stages by cp.async, wider
+//           with bias fragments in registers. Tiles of up to 4 KB arrive in a ring of two stages by cp.async, larger
 //           ones in one stage. A thread owns one or two rows of every window (OwnRows); the outputs are stored
 //           through the rows of q in shared memory, by stmatrix if the GPU has it.
 // Traffic   q, k, v are read once and out is written once: 8 * B * S * C bytes, plus 4 * B * S * heads for lse.

@@ -1,4 +1,4 @@
-// Window attention forward, map to map.
+// Window attention forward, from and to feature maps.
 //
 // Maths     out_i = sum_j d_ij p_ij v_j with p_ij = softmax_j(s_ij + bias[i, j] + mask[i, j]) for the tokens i, j of a
 //           window, per head; s_ij = scale * q_i.k_j, or exp(min(logit_scale, ln 100)) cos(q_i, k_j) (cosine.cuh);
@@ -6,10 +6,10 @@
 //           token positions, the bias and the mask. Scores are multiplied by log2(e) ("base 2"), so that probabilities
 //           are computed with exp2.
 // Tiling    A block processes one window and head at a time. A warp has 16 queries, whose scores stay in registers. For
-//           short windows (up to 64 tokens) a block loops over windows of one head: bias fragments are loaded once, and
-//           the next window's rows arrive by cp.async while this one is processed. Long windows are processed
-//           one block of keys at a time, with a running maximum and sum and 64 or 32 queries per block. Most 16-bit
-//           calls with long windows use fwd_long_sm80.cuh instead.
+//           short windows (up to 64 tokens) a block loops over windows of one head: bias fragments are loaded once and,
+//           with two stages (traits.h), the next window's rows arrive by cp.async while this one is processed. Long
+//           windows are processed one block of keys at a time, with a running maximum and sum and 64 or 32 queries per
+//           block. Most 16-bit calls with long windows use fwd_long_sm80.cuh instead.
 // Traffic   q, k, v are read once and out is written once: 4 * B * S * C * sizeof(T) bytes, plus 4 * B * S * heads for
 //           lse. A long window reads k and v once per block of queries, mostly from L2.
 // Roofline  memory bound. The figures of the most common case are in fwd_short16_sm80.cuh, whose kernel runs it.

@@ -13,8 +13,8 @@
 
 namespace swinkernels::cuda {
 
-// True for tiles for which the TF32 backward pass would spill registers. They use the float kernels, which are at least
-// as accurate.
+// True for tiles for which the TF32 backward pass would spill registers. Calls with these tiles use the float kernels,
+// which are at least as accurate.
 template <class Traits, bool kLong>
 constexpr bool kBackwardInFloat = std::is_same_v<typename Traits::Product, Tf32Product> &&
                                   (Traits::kHeadDim > 64 || (kLong && Traits::kHeadDim > 16));
@@ -30,7 +30,7 @@ cudaError_t launch_short_backward(void (*kernel)(Arguments), size_t smem_bytes, 
   const GridPlan plan = plan_grid(args.items, args.units(), resident);
   reduction.workers = reduction.dense_workers = plan.workers;
   reduction.dense_rows = Traits::kBlock;
-  // The gradient of a table of pairs is gathered after the blocks' sums have been added.
+  // The gradient of a table with table_pairs is gathered after the blocks' sums have been added.
   const bool wants_table = reduction.dbias_table != nullptr, has_pairs = args.layout.has_table_pairs;
   if (reduction.dbias != nullptr || (wants_table && has_pairs)) {
     args.dense_partials = arena.take(plan.blocks * Traits::kBlock * Traits::kBlock);

@@ -31,7 +31,7 @@ struct RegularMap {
   uint32_t token;
 };
 
-// The bias table in shared memory. The strides of r(t) differ from those in global memory.
+// The bias table in shared memory. The strides of r(t) (see WindowGeometry) differ from those in global memory.
 struct SharedTable {
   int32_t stride[3];
   int32_t middle;   // the entry of relative offset zero
@@ -78,7 +78,7 @@ struct SharedTable {
 template <int kMaps>
 struct LongArguments : WindowArguments<kMaps> {
   RegularMap regular[kMaps];
-  SharedTable table;  // for a dense bias, has_pairs: one aligned load of 8 bytes reads the bias of two keys
+  SharedTable table;  // for a dense bias, only has_pairs is set: true if one 8-byte load may read the bias of two keys
   bool has_pads;
 };
 
@@ -107,7 +107,7 @@ bool make_long(LongArguments<kMaps>& args) {
   }
   for (int map = 0; map < kMaps; ++map) {
     const MapAddress& address = args.maps[map];
-    // The stride of an axis of one token is never used.
+    // The stride of an axis with one token is never used.
     uint64_t expected = 0;
     bool found = false;
     for (int axis = 2; axis >= 0; --axis) {
@@ -137,7 +137,7 @@ struct LongTokens {
   uint32_t* number;  // for this window
   int32_t* region;   // for this window, valid if may_be_mixed
   int32_t* packed;   // for every window: PackedToken
-  int32_t* offset;   // for every window: 4 * r(t); past the window, the value of the last even token
+  int32_t* offset;   // for every window: 4 * r(t); past the window, the value of the last token of even index
 
   // `data` is 16-byte aligned; capacity is even.
   __device__ static __forceinline__ LongTokens of(unsigned char* data, int terms, int capacity) {
@@ -160,7 +160,8 @@ struct LongTokens {
   template <int kMaps>
   __device__ __forceinline__ void fill_constants(const LongArguments<kMaps>& args, int capacity) const {
     for (int i = threadIdx.x; i < capacity; i += blockDim.x) {
-      const int last = args.num_tokens - 1, token = i <= last ? i : last / 2 * 2;  // first of the last pair
+      // Past the window, the values are those of the first token of the last pair.
+      const int last = args.num_tokens - 1, token = i <= last ? i : last / 2 * 2;
       packed[i] = PackedToken::of(args.layout, token);
       offset[i] = 4 * args.table.offset(args.layout, token);
     }
@@ -215,8 +216,8 @@ struct LongTokens {
   }
 };
 
-// Writes a head's column of the table to shared memory, in the order for columns that are keys or, if not
-// kColumnsAreKeys, queries.
+// Writes a head's column of the table to shared memory, in the order for scores whose columns are keys if
+// kColumnsAreKeys, and queries otherwise.
 template <bool kColumnsAreKeys, int kMaps>
 __device__ __forceinline__ void stage_table(const LongArguments<kMaps>& args, int head, float* shared) {
   const SharedTable& table = args.table;
@@ -369,7 +370,7 @@ __device__ __forceinline__ void mask_regions(float (&x)[kTiles][4], const int32_
   }
 }
 
-// Removes the columns from `end` on from the softmax.
+// Excludes the columns from `end` on from the softmax.
 template <int kTiles>
 __device__ __forceinline__ void mask_columns(float (&x)[kTiles][4], int end) {
   const int t = threadIdx.x % 4;
@@ -449,7 +450,7 @@ __device__ __forceinline__ void multiply_columns(float (&x)[kTiles][4], const fl
   }
 }
 
-// Copies of kRows rows to shared memory at a time, by all threads of a block.
+// Copies kRows rows at a time to shared memory, with all threads of a block.
 template <class Tile, int kThreads, int kRows>
 struct LongCopies {
   using T = typename Tile::T;
@@ -470,7 +471,8 @@ struct LongCopies {
   }
 
   // Starts copying the rows of tokens [first, first + kRows) of a window from maps to tiles; list[n] is the index of
-  // the n-th map. Rows past the window and columns past head_dim become zero, and so do pad tokens without a row.
+  // the n-th map. Rows past the window and columns past head_dim become zero, and so do pad tokens that have no row in
+  // pad_qkv.
   template <int kCount, int kMaps>
   __device__ __forceinline__ void start(const LongArguments<kMaps>& args, const int (&list)[kCount], int head,
                                         const uint64_t (&base)[kCount], T* const (&tiles)[kCount],

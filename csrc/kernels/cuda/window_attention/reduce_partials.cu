@@ -58,7 +58,7 @@ __device__ Output find_output(const ReducePartialsArguments& args, int64_t outpu
   if (output < counts.pad) {
     const int64_t per_map = heads * args.head_dim, map = output / per_map, head = output % per_map / args.head_dim;
     float* const destination = args.dpad_qkv + output;
-    if (map == 0) return {nullptr, 0, 0, destination};  // the output of a pad query is discarded
+    if (map == 0) return {nullptr, 0, 0, destination};  // zero, because the output of a pad query is discarded
     return {args.pad_partials + (head * 2 + map - 1) * args.head_dim + output % args.head_dim, 2 * per_map, of_head,
             destination};
   }
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kThreads) reduce_partials_kernel(const ReduceP
   if (threadIdx.x < kOutputs && output.destination != nullptr) *output.destination = sum;
 }
 
-// An entry of a unit's column is the sum over the pairs of tokens (i, j) that use it; the entry and i determine j.
+// Gathers the gradient of a table from dense sums. An entry of a unit's column is the sum over the pairs of tokens
+// (i, j) that use it; the entry and i determine j.
 __global__ void __launch_bounds__(kThreads) gather_table_kernel(const ReducePartialsArguments args) {
   const int lane = threadIdx.x % 32;
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;

@@ -1,5 +1,5 @@
-// Code shared by the kernels for short windows of 16-bit elements (fwd_short16_sm80.cuh, bwd_short16_sm80.cuh): the
-// conditions on a call, and how a thread finds, copies and stores its rows.
+// Code shared by the kernels for short windows of 16-bit elements (fwd_short16_sm80.cuh, bwd_short16_sm80.cuh): it
+// decides whether they support a call, and finds, copies and stores the rows of a thread.
 //
 // The kernels support v1 with a table, one dense bias or none, without dropout and without a region map, on 2D maps of
 // any size, padded or not, in windows (blocks or grids) of up to 64 tokens; head_dim 16, 24, 32 or 64; packed or
@@ -30,7 +30,8 @@ struct EvenMaps {
   uint64_t data[kMaps];
   uint32_t distance;  // between two tokens, in bytes
 
-  // Returns false for other maps, or if the index of a token or the distance between tokens exceeds 32 bits.
+  // Returns false if the maps do not have such a layout, or if the index of a token or the distance between tokens
+  // exceeds 32 bits.
   template <class Pointer>
   bool set(const TokenMapOf<Pointer>* const (&maps)[kMaps], int64_t images, const int32_t (&size)[3], int32_t head_dim,
            int64_t element_bytes) {
@@ -39,7 +40,7 @@ struct EvenMaps {
     for (int map = 0; map < kMaps; ++map) {
       const TokenMapOf<Pointer>& m = *maps[map];
       const int64_t strides[3] = {m.batch_stride, m.axis_stride[1], m.axis_stride[2]};
-      int64_t tokens = 1, stride = 0;  // of the axes after this one
+      int64_t tokens = 1, stride = 0;  // tokens: the product of the extents of the axes after this one
       for (int axis = 2; axis >= 0; --axis) {
         if (extent[axis] == 1) continue;
         if (tokens == 1) stride = strides[axis];
@@ -56,8 +57,7 @@ struct EvenMaps {
   }
 };
 
-// Returns true if the kernels for short windows of 16-bit elements support a call. Its maps are checked separately (see
-// EvenMaps).
+// Returns true if the kernels for short windows of 16-bit elements support a call; EvenMaps::set() checks its maps.
 inline bool is_short16(const WindowAttentionForwardParams& params) {
   const WindowGeometry& geometry = params.geometry;
   const int32_t d = params.head_dim;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void add_seam_mask(float (&score)[kTiles][4], uint32_
   }
 }
 
-// A thread's view of one window.
+// A thread's data about one window.
 template <int kRows>
 struct Short16Window {
   uint32_t token[kRows];  // token indices of this thread's rows
@@ -183,8 +183,8 @@ struct OwnRows {
     return own;
   }
 
-  // Finds the rows of a window and starts their copies, as one group. The argument copy(has_pads, window) must call
-  // copy<has_pads>() below.
+  // Finds the rows of a window and starts their copies, as one group. `copy` is called with (has_pads, window), and
+  // must call the member function copy<has_pads>() below.
   template <class Arguments, class Copy>
   __device__ __forceinline__ Window start(const Arguments& args, uint32_t item, const SeamBits& seam,
                                           Copy&& copy) const {

@@ -8,7 +8,7 @@
 
 namespace swinkernels::cuda {
 
-// The data of each token that is the same in every window: its coordinates, and its indices in the bias table as a
+// Per-token data that is the same in every window: the token's coordinates, and its indices in the bias table as a
 // query and as a key (see WindowLayout).
 template <int kTokens>
 struct TokenConstants {
@@ -91,8 +91,8 @@ __device__ __forceinline__ uint64_t token_row(const WindowArguments<kMaps>& args
 }
 
 // Finds the rows of tokens [first, first + count) of a window, up to its end, in the maps kMapList. Their addresses in
-// the n-th map of the list are written to tokens.row(n). If the block has at least `count` threads, thread i computes
-// token first + i, here and in fill_token_constants.
+// the n-th map of the list are written to tokens.row(n). If the block has at least `count` threads, thread i processes
+// token first + i, as in fill_token_constants.
 template <class T, int... kMapList, class Tokens, class Constants, int kMaps>
 __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& constants,
                                               const WindowArguments<kMaps>& args, uint32_t window, int head, int first,

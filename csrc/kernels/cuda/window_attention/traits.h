@@ -24,7 +24,7 @@
 
 namespace swinkernels::cuda {
 
-// Product_   the products of tiles (tile_product.cuh); its T is the element type in memory
+// Product_   the product policy (tile_product.cuh); its T is the element type in memory
 // kHeadDim_  number of columns of the tiles; rows of a smaller head_dim are padded with zeros
 // kTiles_    a block of keys has 8 * kTiles_ keys; it is the whole window, or one step of a loop for larger windows
 template <class Product_, int kHeadDim_, int kTiles_>
@@ -52,8 +52,8 @@ struct WindowAttentionTraits {
   static constexpr int kBackwardBlocks = (kNarrow ? SWINKERNELS_BACKWARD_WARPS : 8) / kWarps;
   static constexpr int kLongBlocks = 8 / kWarps;
 
-  // The maximum number of entries of a bias table's column that the kernels for long windows copy to shared memory; 47
-  // x 47 and 13 x 13 x 13 fit. The widest rows leave no space for a column on devices with 99 KB.
+  // The maximum number of entries of a bias table's column that the general kernels for long windows copy to shared
+  // memory; 47 x 47 and 13 x 13 x 13 fit. The widest rows leave no space for a column on devices with 99 KB of it.
   static constexpr int kSharedTableEntries = kRowBytes < 512 ? 2304 : 0;
 };
 

@@ -44,7 +44,7 @@ cudaError_t window_attention_forward(const WindowAttentionForwardParams& params,
       return params.allow_tf32 ? launch_forward<Tf32Product>(params, stream)
                                : launch_forward<FloatProduct>(params, stream);
 #else
-    default:  // a dtype that builds for comparisons omit
+    default:  // a dtype that is omitted in builds for comparisons
       return cudaErrorInvalidValue;
 #endif
   }
@@ -65,7 +65,7 @@ cudaError_t backward(const WindowAttentionBackwardParams& params, cudaStream_t s
       return params.forward.allow_tf32 ? launch_backward<Tf32Product>(params, stream, bytes)
                                        : launch_backward<FloatProduct>(params, stream, bytes);
 #else
-    default:  // a dtype that builds for comparisons omit
+    default:  // a dtype that is omitted in builds for comparisons
       return cudaErrorInvalidValue;
 #endif
   }

@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(WindowCopyTile::kThreads) window_copy_kernel(c
     source[k] = row.source + column * sizeof(Vector);
     destination[k] = row.destination + column * sizeof(Vector);
   }
-  // Plain loads instead of __ldg, which would allow the compiler to move a store, which waits for its own load, ahead
-  // of the remaining loads.
+  // These are plain loads: with __ldg, the compiler could move a store, which waits for its own load, ahead of the
+  // remaining loads.
   Vector value[Tile::kVectorsPerThread];
 #pragma unroll
   for (int k = 0; k < Tile::kVectorsPerThread; ++k) {

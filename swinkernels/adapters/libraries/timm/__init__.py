@@ -1,4 +1,4 @@
-"""Runs timm's models with this package's ops. Each module here adapts the blocks of one or several files of timm."""
+"""Runs timm's models with this package's ops. Each module here adapts the blocks of one or more timm modules."""
 
 from swinkernels.adapters.libraries.timm import maxvit, swin, swin_v2, swin_v2_cr, vit, vit_sam, windows
 

@@ -53,13 +53,13 @@ def mask_fits(block: Any, x: Tensor) -> bool:
 
 
 def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> str | None:
-    """Return the reason why ``buffers``, which :func:`stored` returns for ``block``, differ from timm's, or None."""
+    """Return the reason why ``buffers``, the result of :func:`stored` for ``block``, differ from timm's, or None."""
     index, mask = buffers
     window, shift = block.window_size, block.shift_size
     has_index = "relative_position_index" in child(block, "attn")._buffers  # v2-CR has none
     if has_index and not is_window_index(index, window):
         return "attn.relative_position_index differs from timm's"
-    if not getattr(block, "dynamic_mask", False):  # with dynamic_mask timm does not read the stored mask
+    if not getattr(block, "dynamic_mask", False):  # with dynamic_mask, timm does not read the stored mask
         height, width = map_size(block)
         frame = -(-height // window[0]) * window[0], -(-width // window[1]) * window[1]
         if not (is_stored_mask(mask, frame, window, shift) if any(shift) else mask is None):
@@ -96,7 +96,7 @@ def why_not_attention(block: Any, kind: type, takes_lora: bool = False) -> str |
 
 
 def why_not_block(block: Any, method: str) -> str | None:
-    """Return the reason why ``method``, the block's attention, must always run timm's own code, or None."""
+    """Return the reason why the block's attention method, named ``method``, must always run timm's code, or None."""
     if not hasattr(block, method):
         return f"this version of timm has no {type(block).__name__}.{method}: it needs timm 0.9.16 or newer"
     return replaced_method(block, original_class(block)) or why_not_stored(block, stored(block))
@@ -139,7 +139,7 @@ def dropout_p(block: Any) -> float:
 
 
 class ShiftedWindowBlock(Accelerated):
-    """The base class of timm's accelerated blocks, which store a mask and, except v2-CR, an index into the bias table.
+    """Base class of the accelerated timm blocks. They store a mask and, except in v2-CR, an index into the bias table.
 
     Geometry, parameters and stored tensors are read or compared at every call, so changes such as ``set_input_size``
     take effect. timm's code runs if an op cannot replace it: with a hook on an inner module, a layer that is not an

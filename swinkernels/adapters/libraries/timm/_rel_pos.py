@@ -65,9 +65,9 @@ def bias_table(rel_pos: Any) -> Tensor:
     kind = type(rel_pos)
     if kind is RelPosBias:
         return rel_pos.relative_position_bias_table
-    if kind is RelPosBiasTf:  # stored with heads first, and by key - query
+    if kind is RelPosBiasTf:  # stored heads first, in the order of key - query
         return rel_pos.relative_position_bias_table.flatten(1).flip(1).t()
-    # In training, timm's MLP has dropout. timm applies bias_act after the lookup; here it comes first, which gives the
-    # same result because bias_act is elementwise.
+    # timm's MLP, which has dropout in training, is called as in timm. timm applies bias_act after the lookup; here it
+    # comes first, which gives the same result because bias_act is elementwise.
     table = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).view(-1, rel_pos.num_heads))
     return table if rel_pos.bias_gain is None else rel_pos.bias_gain * table

@@ -76,7 +76,7 @@ def _dropout_p(attn: Any) -> float:
 
 
 def attend(attn: Any, x: Tensor, window: tuple[int, int], grid: bool, op: Callable[..., Tensor]) -> Tensor:
-    """Return the output of ``attn`` for the map ``x``, computed in windows or, if ``grid``, in dilated grids.
+    """Return the output of ``attn`` for the map ``x``, computed in windows or, if ``grid`` is True, in dilated grids.
 
     The output has the layout of ``x``. ``op(qkv, **arguments)`` and ``op(q, k, v, **arguments)`` are the two window
     attention ops.
@@ -121,7 +121,7 @@ class _Partition(Accelerated):
 
 
 class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
-    """timm's block for maps with channels last, with its attention computed by a window attention op."""
+    """timm's block for channels-last maps, with its attention computed by a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
@@ -131,7 +131,7 @@ class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
 
 
 class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
-    """timm's block for maps with channels first, with its attention computed by a window attention op."""
+    """timm's block for channels-first maps, with its attention computed by a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
@@ -153,7 +153,7 @@ class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttenti
 
 
 def _attentions(block: Any) -> list[tuple[str, bool]]:
-    """Return, for each attention module of ``block``, its name and True if it attends in grids."""
+    """Return, for each attention module of ``block``, its name and whether it attends in grids."""
     if "attn" in block._modules:
         return [("attn", not block.partition_block)]
     return [("attn_block", False), ("attn_grid", True)]
@@ -176,7 +176,7 @@ def _weight(block: Any) -> Tensor:
 
 
 def _map_size(block: Any) -> tuple[int, int]:
-    """Return the size of a map of 2 x 3 windows, because ``block`` stores no map size."""
+    """Return the size of a map of 2 x 3 windows; ``block`` itself stores no map size."""
     height, width = block.partition_size
     return 2 * height, 3 * width
 

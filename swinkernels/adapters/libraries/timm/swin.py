@@ -121,7 +121,7 @@ _RECOMPUTE = Recompute(_RESIDUAL, _blocks.MLP, "pre", _why_not_half)
 
 
 def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
-    """Return the output of the attention branch, computed by attention_half, or None if that cannot run on ``x``."""
+    """Return the attention branch's output for ``x``, or None if attention_half cannot compute it."""
     if not _blocks.mask_fits(block, x):
         return None
     attn = child(block, "attn")
@@ -151,7 +151,7 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """timm's patch merging, computed by an op."""
+    """timm's patch merging, computed by the patch_merging op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)

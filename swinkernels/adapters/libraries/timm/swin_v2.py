@@ -1,8 +1,8 @@
 """Runs timm's Swin Transformer V2 with this package's ops: cosine attention, norms and patch merging.
 
-The module's own layers compute the table of the continuous position bias, and the op gathers from its sigmoid; timm
-gathers first and then takes the sigmoid. The norms follow the branches, so timm pads the residual stream with zero rows
-and a pad token's q, k and v are the biases, with 0 for k. A residual connection's sum and the norm before it are one
+The module's own layers compute the table of the continuous position bias, and the op gathers from the table's sigmoid;
+timm gathers first and then takes the sigmoid. The norms follow the branches, so timm pads the residual stream with zero
+rows; q and v of a pad token are the biases, and its k is 0. A residual connection's sum and the norm before it are one
 op, and so is patch merging: gather, reduction and norm.
 
 Source: timm.models.swin_transformer_v2, timm 0.9.16 and newer.
@@ -50,7 +50,7 @@ def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return q, k and v of the map ``x``, and those of a pad token (None if they are zero)."""
+    """Return q, k and v of the map ``x``, and q, k and v of a pad token (None if the latter are zero)."""
     if attn.q_bias is None:
         return attn.qkv(x), None
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -90,7 +90,7 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMerging):
-    """timm's v2 patch merging, computed by an op."""
+    """timm's v2 patch merging, computed by the patch_merging op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)

@@ -50,7 +50,7 @@ _MERGING = Merging("pre", lambda merging: getattr(merging.reduction, "in_feature
 
 
 class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransformerV2CrBlock):
-    """timm's block, with its attention computed by a window attention op, and its norms by other ops."""
+    """timm's v2-CR block, with its attention computed by a window attention op, and its norms by other ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -67,7 +67,7 @@ class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransf
 
 
 class AcceleratedPatchMergingV2Cr(Accelerated, PatchMerging):
-    """timm's patch merging, computed by an op."""
+    """timm's v2-CR patch merging, computed by the patch_merging op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)

@@ -200,7 +200,7 @@ def _nest(attn: Any, attend: Any, x: Tensor) -> Any:
     if window[1] > 1024:
         return f"its blocks have {window[1]} tokens, and the op accepts at most 1024"
     y = attend(attn.qkv(x), num_heads=attn.num_heads, window_size=window, scale=scale, dropout_p=_dropout_p(attn))
-    y = y.unflatten(-1, (attn.num_heads, -1)).transpose(-1, -2).flatten(-2)  # in NesT, heads are the fastest axis
+    y = y.unflatten(-1, (attn.num_heads, -1)).transpose(-1, -2).flatten(-2)  # in NesT, the head index varies fastest
     return attn.proj_drop(attn.proj(y))
 
 
@@ -212,8 +212,8 @@ NEST = Form(
 )
 
 
-# Hiera. Consecutive tokens belong to different mask units, (position in the unit, unit), so each unit becomes a column
-# of the op's map.
+# Hiera. The tokens are ordered by position in the mask unit, then by unit. Consecutive tokens thus belong to different
+# units, and each unit becomes a column of the op's map.
 
 
 def _hiera(attn: Any, attend: Any, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Code shared by the adapters of all model families."""
+"""Code shared by the adapters of all Swin families."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ NAME = "transformers"
 
 know_gelu(GELUActivation, lambda act: "none" if act.act is torch.nn.functional.gelu else None)
 
-# Attention has two structures. In Swin one module contains all four projections; in other families the module "self"
-# contains those of q, k and v, and the module "output" contains the last one.
+# Attention has one of two structures. In Swin, one module contains all four projections; in the other families, the
+# module "self" contains the projections of q, k and v, and the module "output" contains the output projection.
 
 
 def _projections(layer: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _index(layer: Any) -> Tensor | None:
 
 
 def _dropouts(layer: Any) -> dict[str, Any]:
-    """Return the dropout modules of the attention weights, if there is one, and of the output, keyed by path."""
+    """Return, keyed by path, the dropout modules of the attention weights (if there is one) and of the output."""
     attention = child(layer, "attention")
     if "self" not in attention._modules:
         return {"dropout": child(layer, "dropout")}
@@ -170,7 +170,7 @@ def _times_masked(kind: Any) -> int:
 
 
 def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
-    """Return q, k and v of a pad token, given the three layers, or None if no layer has a bias."""
+    """Return q, k and v of a pad token, or None if none of the layers ``q``, ``k`` and ``v`` has a bias."""
     if q.bias is None and k.bias is None and v.bias is None:
         return None
     given = next(m.bias for m in (q, k, v) if m.bias is not None)
@@ -210,7 +210,7 @@ def _geometry(layer: Any) -> dict[str, Any]:
 
 
 def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the attention branch's output for ``x``, the tokens (B, L, C) of a map of ``size``, before drop path."""
+    """Return the attention branch's output, before drop path, for a map ``x`` of ``size``, given as (B, L, C)."""
     height, width = size
     *inputs, output = _projections(layer).items()
     x = x.view(x.shape[0], height, width, x.shape[2])
@@ -229,9 +229,9 @@ def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the per-sample factors by which transformers' DropPath would multiply y, or None if they are 1.
+    """Return the per-sample factors by which transformers' DropPath would multiply ``y``, or None if they are 1.
 
-    They are computed from the same random numbers as in transformers.
+    The factors are computed from the same random numbers as in transformers.
     """
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
@@ -259,8 +259,8 @@ def _out(layer: Any) -> Any:
 _MERGING = Merging("pre", lambda merging: merging.reduction.in_features)
 _MERGING_V2 = Merging("post", lambda merging: merging.reduction.out_features)
 
-# By class of layers: the path and the class of each module that the op replaces; the MLP; the number of times that v2
-# adds its mask to the scores; the residual connections; the halves that recompute.
+# For each class of layers: the path and the class of each module that the op replaces; the MLP; the number of times
+# that v2 adds its mask to the scores; the residual connections; the halves that can be recomputed.
 _INSIDE: dict[type, tuple[tuple[str, type[nn.Module]], ...]] = {}
 _MLP: dict[type, Mlp] = {}
 _MASKED: dict[type, int] = {}
@@ -282,7 +282,10 @@ def _why_not_half(layer: Any, training: bool | None) -> str | None:
 
 
 def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
-    """Return a v1 attention branch's output, computed by attention_half, or None if a parameter has another dtype."""
+    """Return the output of a v1 attention branch, computed by attention_half.
+
+    Return None if the device or, outside autocast, the dtype of a parameter differs from that of ``x``.
+    """
     *qkv, proj = _projections(layer).values()
     y = attention_branch(
         x.view(x.shape[0], *size, x.shape[2]), child(layer, "layernorm_before"), qkv, proj,
@@ -292,7 +295,7 @@ def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
 
 
 class _Layer(Accelerated):
-    """Base class of the accelerated layers of all families.
+    """Base class of the accelerated layers of all Swin families.
 
     Geometry, parameters and the index into the bias table are read or compared at every call. transformers' code runs
     if the op cannot replace it: if attention weights are requested, if an inner module has a hook or was replaced, if a
@@ -304,12 +307,12 @@ class _Layer(Accelerated):
     def _is_ours(self, x: Any, size: Any, always_partition: bool | None = True) -> bool:
         """Return True if the op can run for ``x``, the tokens of a map of ``size``.
 
-        Unless ``always_partition``, first adapt the windows to the map.
+        If ``always_partition`` is not set, first adapt the windows to the map.
         """
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
             return False
         if not always_partition:
-            self.set_shift_and_window_size(size)  # permanent, so a second call changes nothing
+            self.set_shift_and_window_size(size)  # idempotent, so transformers' forward may call it again
         return _why_not_attention(self) is None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -324,7 +327,7 @@ class PreNormLayer(_Layer):
     """A v1 layer: norm, attention, norm, MLP."""
 
     def _attention_half(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after attention, and the output of layernorm_after for it."""
+        """Return the residual stream s after attention, and layernorm_after(s)."""
         (residual,) = _RESIDUALS[original_class(self)]
         y = attended(self, norm_for_linear(self, "layernorm_before", x, _width(self)), size)
         fused = residual.add_then_norm(self, x, y)
@@ -378,7 +381,7 @@ class PostNormLayer(_Layer):
 
 
 class _MergingOfSequences(Accelerated):
-    """Base class of patch merging of token sequences, computed by an op."""
+    """Base class of accelerated patch merging modules whose input is a sequence of tokens."""
 
     def _merge(self, how: Merging, x: Tensor, size: Any) -> Tensor | None:
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
@@ -388,7 +391,7 @@ class _MergingOfSequences(Accelerated):
 
 
 class PreNormMerging(_MergingOfSequences):
-    """Patch merging of v1, computed by an op."""
+    """v1 patch merging, computed by the patch_merging op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING, input_feature, input_dimensions)
@@ -396,7 +399,7 @@ class PreNormMerging(_MergingOfSequences):
 
 
 class PostNormMerging(_MergingOfSequences):
-    """Patch merging of v2, computed by an op."""
+    """v2 patch merging, computed by the patch_merging op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING_V2, input_feature, input_dimensions)
@@ -412,14 +415,14 @@ def _run_with_size(module: Any, x: Tensor) -> Tensor:
 
 
 def _map_size(layer: Any) -> tuple[int, int]:
-    """Return a map size that needs padding and a shift on each axis, because ``layer`` stores no map size."""
+    """Return a map size that needs padding and a shift on each axis; ``layer`` itself stores no map size."""
     return layer.window_size + 1, layer.window_size + 2
 
 
 def _qkv_weight(layer: Any) -> Tensor:
     """Return a tensor with the shape and dtype of the concatenated query, key and value weights."""
     q, *_ = _projections(layer).values()
-    # Do not call q.weight.new_empty: the class of this tensor may not support factory functions.
+    # Do not call q.weight.new_empty: the class of q.weight may not support factory functions.
     one = torch.empty((), dtype=q.weight.dtype, device=q.weight.device)
     return one.expand(3 * q.weight.shape[0], q.weight.shape[1])
 
@@ -437,11 +440,11 @@ def layer_adapter(
 
     Args:
         original, accelerated: the layer's class and its accelerated subclass.
-        inside: the classes of the attention and of its children, keyed by path.
+        inside: the classes of the attention module and of its children, keyed by path.
         mlp: the class of the MLP or, if it consists of the modules "intermediate" and "output", their classes.
         drop_path: the class of the drop path.
         takes: the names of the forward's arguments.
-        cosine: the class of the inner attention in v2, else None.
+        cosine: in v2, the class of the inner attention module, else None.
     """
 
     def residual(norm: str, casts_its_input: Callable[[Any], bool] = lambda layer: False) -> Residual:

@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedClapAudioLayer(PreNormLayerOfAnyMap, ClapAudioLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """CLAP's layer, computed by ops."""
+    """CLAP's layer, with its attention computed by a window attention op, and its norms by other ops."""
 
 
 class AcceleratedClapAudioPatchMerging(PreNormMerging, ClapAudioPatchMerging):
-    """CLAP's patch merging, computed by an op."""
+    """CLAP's patch merging, computed by the patch_merging op."""
 
 
 ADAPTERS = (

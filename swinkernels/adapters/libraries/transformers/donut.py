@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedDonutSwinLayer(PreNormLayerOfAnyMap, DonutSwinLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """Donut's layer, computed by ops."""
+    """Donut's layer, with its attention computed by a window attention op, and its norms by other ops."""
 
 
 class AcceleratedDonutSwinPatchMerging(PreNormMerging, DonutSwinPatchMerging):
-    """Donut's patch merging, computed by an op."""
+    """Donut's patch merging, computed by the patch_merging op."""
 
 
 ADAPTERS = (

@@ -1,4 +1,4 @@
-"""The form of the window attention in Florence-2's vision tower, which is a DaViT. It has no bias.
+"""The form of the window attention, without a bias, in Florence-2's vision tower, which is a DaViT.
 
 Source: transformers.models.florence2.modeling_florence2, transformers 5.
 """

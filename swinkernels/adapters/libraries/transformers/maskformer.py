@@ -23,7 +23,10 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
-    """MaskFormer's layer, computed by ops. Its window never changes; maps smaller than the window are padded."""
+    """MaskFormer's layer, with its attention computed by a window attention op, and its norms by other ops.
+
+    The window size never changes; maps smaller than the window are padded.
+    """
 
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool = False
@@ -34,7 +37,7 @@ class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
 
 
 class AcceleratedMaskFormerSwinPatchMerging(PreNormMerging, MaskFormerSwinPatchMerging):
-    """MaskFormer's patch merging, computed by an op."""
+    """MaskFormer's patch merging, computed by the patch_merging op."""
 
 
 ADAPTERS = (

@@ -23,7 +23,10 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
-    """Swin's layer, computed by ops. It returns None for the attention weights, like Swin's own layer with "sdpa"."""
+    """Swin's layer, with its attention computed by a window attention op, and its norms by other ops.
+
+    The layer returns None for the attention weights, as Swin's own layer does with "sdpa".
+    """
 
     def forward(  # type: ignore[override]  # the base class is annotated to return one tensor
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
@@ -36,7 +39,7 @@ class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
 
 
 class AcceleratedSwinPatchMerging(PreNormMerging, SwinPatchMerging):
-    """Swin's patch merging, computed by an op."""
+    """Swin's patch merging, computed by the patch_merging op."""
 
 
 ADAPTERS = (

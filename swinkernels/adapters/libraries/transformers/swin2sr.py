@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwin2SRLayer(PostNormLayer, Swin2SRLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """Swin2SR's layer, computed by ops."""
+    """Swin2SR's layer, with its attention computed by a window attention op, and its norms by other ops."""
 
 
 class AcceleratedSwin2SRPatchMerging(PostNormMerging, Swin2SRPatchMerging):
-    """Swin2SR's patch merging, computed by an op."""
+    """Swin2SR's patch merging, computed by the patch_merging op."""
 
 
 ADAPTERS = (

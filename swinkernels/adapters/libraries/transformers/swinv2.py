@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwinv2Layer(PostNormLayer, Swinv2Layer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """Swin v2's layer, computed by ops."""
+    """Swin v2's layer, with its attention computed by a window attention op, and its norms by other ops."""
 
 
 class AcceleratedSwinv2PatchMerging(PostNormMerging, Swinv2PatchMerging):
-    """Swin v2's patch merging, computed by an op."""
+    """Swin v2's patch merging, computed by the patch_merging op."""
 
 
 ADAPTERS = (

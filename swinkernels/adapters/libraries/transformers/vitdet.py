@@ -1,4 +1,4 @@
-"""The form of ViTDet's layers, which have channels first, unshifted windows and decomposed relative positions.
+"""The form of ViTDet's layers, which have channels-first maps, unshifted windows and decomposed relative positions.
 
 Source: transformers.models.vitdet.modeling_vitdet, transformers 5.
 """
