@@ -49,10 +49,10 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
             can run use plain PyTorch. A named backend raises NotImplementedError for a call that it cannot run, except
             that norms, residual connections and patch merging are left to "auto" if the backend has no such op.
         recompute: if True, blocks compute norms and GELU again in the backward pass of eager training instead of
-            saving their results. This applies to the Swin blocks of timm, torchvision and transformers;
-            ``Report.not_recomputed`` lists the other modules, with the reasons. A training step of timm's Swin-T then
-            keeps 0.6 times as many bytes for the backward pass as with the original model; without ``recompute``, 0.92
-            times.
+            saving their results. This applies to the Swin blocks of timm, torchvision, transformers, MONAI and
+            mmpretrain, and to copies; ``Report.not_recomputed`` lists the other modules, with the reasons. A training
+            step of timm's Swin-T then keeps 0.6 times as many bytes for the backward pass as with the original model;
+            without ``recompute``, 0.92 times.
         verify: if True, first compare each replaced module's outputs and gradients with the original's, on a random map
             of the size that the module was made for, if it stores one.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.bypass import child
-from swinkernels.adapters.linear_layers import Drop, add_linear, call_linear
+from swinkernels.adapters.linear_layers import Drop, add_linear, call_linear, why_not_left_out, why_not_readable
 from swinkernels.ops._fused_linear import linear
 
 
@@ -62,6 +62,21 @@ def dropout_p(attn: Any) -> float:
 def dropout_at_call(attn: Any) -> float:
     drop = attn._modules.get("attn_drop")
     return dropout_p(attn) if drop is not None and drop.training else 0.0
+
+
+def why_layers_are_called(attn: Any, training: bool | None, name: str = "attn") -> str | None:
+    """Return the reason why attention_half may not read the parameters of qkv and proj, or None.
+
+    Args:
+        attn: the attention module.
+        training: replaces the mode of the dropout after proj unless it is None.
+        name: the path of ``attn`` in the block, for the reason.
+    """
+    reason = why_not_readable(f"{name}.qkv", child(attn, "qkv"))
+    reason = reason or why_not_readable(f"{name}.proj", child(attn, "proj"))
+    if reason is not None or "proj_drop" not in attn._modules:
+        return reason
+    return why_not_left_out(f"{name}.proj_drop", child(attn, "proj_drop"), training=training)
 
 
 def projected(attn: Any, out: Tensor) -> Tensor:

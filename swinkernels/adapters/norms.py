@@ -79,6 +79,17 @@ def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | N
     return scale.div_(keep) if keep > 0.0 and drop_path.scale_by_keep else scale
 
 
+def floored_drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the per-sample factors by which the DropPath of transformers or mmcv would multiply y, or None if 1.
+
+    They are computed from the same random numbers as in these libraries.
+    """
+    if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
+        return None
+    keep = 1 - drop_path.drop_prob
+    return torch.floor(torch.rand(y.shape[0], dtype=dtype, device=y.device) + keep).div_(keep)
+
+
 @dataclass(frozen=True)
 class Residual:
     """Describes a block's residual connection and the norm next to it, which one op computes together."""

@@ -33,25 +33,28 @@ class Recompute:
     mlp: Mlp
     # The ``norm`` argument of mlp_half: "pre" (v1) or "post" (v2).
     norm: str
-    # (block, training) -> the reason why attention_half cannot replace the attention of a v1 block, or None. If
-    # training is None, the current mode of the dropouts applies.
-    why_not_attention: Callable[[Any, bool | None], str | None] = lambda block, training: None
+    # (block, training) -> the reason why the halves cannot replace the block's code although residual and MLP fit, or
+    # None: in v1 the attention may not fit. If training is None, the current mode of the dropouts applies.
+    why_not_block: Callable[[Any, bool | None], str | None] = lambda block, training: None
+    # Returns the module that owns the modules of ``mlp``, if that is not the block.
+    owner: Callable[[Any], Any] = lambda block: block
 
     def why_not(self, block: Any, training: bool | None = None) -> str | None:
         """Return the reason why ``recompute`` has no effect on the block, or None.
 
         Unless ``training`` is None, it overrides the training mode of the dropouts.
         """
-        reason = self.why_not_attention(block, training) or self.residual.why_not(block)
+        reason = self.why_not_block(block, training) or self.residual.why_not(block)
         if reason is not None:
             return reason
-        layers = self.mlp.layers_or_reason(block, training)
+        owner = self.owner(block)
+        layers = self.mlp.layers_or_reason(owner, training)
         if isinstance(layers, str):
             return layers
         reason = why_not_readable("fc1", layers.fc1) or why_not_readable("fc2", layers.fc2)
         if reason is not None or self.norm == "post" or self.mlp.drop is None:
             return reason
-        drop, kind = child(block, self.mlp.drop), self.mlp.drop_kind
+        drop, kind = child(owner, self.mlp.drop), self.mlp.drop_kind
         if kind is nn.Dropout:
             return why_not_left_out(self.mlp.drop, drop, training=training)
         return why_not_absorbed(
@@ -75,7 +78,8 @@ class Recompute:
             return None
         if self.why_not(block) is not None:
             return None
-        layers, norm, dtype = self.mlp.layers(block, x), child(block, self.residual.norm), linear_dtype(x)
+        owner, norm, dtype = self.owner(block), child(block, self.residual.norm), linear_dtype(x)
+        layers = self.mlp.layers(owner, x)
         of_branch = norm_dtype(x, dtype) if self.norm == "post" else dtype
         if (
             layers is None
@@ -97,7 +101,7 @@ class Recompute:
         if self.norm == "post":
             scale, last = None, scale
         elif self.mlp.drop is not None and self.mlp.drop_kind is not nn.Dropout:
-            last = self.residual.scale(child(block, self.mlp.drop), x, of_branch)
+            last = self.residual.scale(child(owner, self.mlp.drop), x, of_branch)
         fc1, fc2, gelu = layers
         return mlp_half(
             x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, eps=norm.eps, norm=self.norm,

@@ -559,7 +559,7 @@ def test_changes_after_accelerate(monkeypatch):
     torch.testing.assert_close(fast(x), expected, rtol=1e-10, atol=1e-12)
 
 
-# State and interface of a model with such blocks
+# State and interface of a model with copied blocks
 
 
 class Model(nn.Module):

@@ -161,7 +161,7 @@ def test_projection_dropout():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_model(dtype):
-    # The maps need no padding: in float16, timm's code divides 0 by 0 for padding tokens.
+    # This size needs no padding. For pad tokens in float16, timm's code divides 0 by 0.
     model = make_model(2, img_size=(32, 64)).to(dtype)
     fast, x = accelerated(model), make_image(model)
     exact = run(copy.deepcopy(model).double(), x.double())

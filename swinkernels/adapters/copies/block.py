@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swinkernels.adapters.adapter import Adapter, original_class, swap_class
-from swinkernels.adapters.bypass import child, replaced_forward, why_not_window_attention
+from swinkernels.adapters.bypass import child, class_of, replaced_forward, why_not_norm, why_not_window_attention
 from swinkernels.adapters.copies import mlp
 from swinkernels.adapters.copies.dynamic_class import (
     MASK,
@@ -55,10 +55,13 @@ from swinkernels.adapters.microsoft_attention import (
     qkv_of,
     resembles_attention,
     score_factor,
+    why_layers_are_called,
 )
 from swinkernels.adapters.norms import Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
+from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._library import is_untraced
 
 _BATCH = 2  # images in a trial; with one image, a wrong stride between images would go unnoticed
 
@@ -178,21 +181,25 @@ def _geometry(form: Form, block: Any, size: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _attended(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
-    """Return the attention op's output for the map ``x``, before the projection. In v1, norm1 is applied first."""
-    attn, bias = block.attn, qkv_bias(block.attn)
-    z = norm_for_linear(block, "norm1", x, attn.qkv.in_features) if form.norm == "pre" else x
-    x = z.reshape(x.shape[0], *size, x.shape[-1])
-    return window_attention_qkvpacked(
-        qkv_of(attn, x, bias),
-        bias_table=bias_table(attn),
+def _attention_arguments(form: Form, block: Any, size: tuple[int, ...], mask_value: float) -> dict[str, Any]:
+    """Return the attention op's arguments for a map of the given size, except its inputs and the backend."""
+    attn = block.attn
+    return {
+        "bias_table": bias_table(attn),
         **score_factor(attn),
         **_geometry(form, block, size),
-        pad_qkv=bias,
-        mask_value=mask_value,
-        dropout_p=dropout_at_call(attn),
-        backend=block._swinkernels_backend,
-    )
+        "pad_qkv": qkv_bias(attn),
+        "mask_value": mask_value,
+        "dropout_p": dropout_at_call(attn),
+    }
+
+
+def _attended(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
+    """Return the attention op's output for the map ``x``, before the projection. In v1, norm1 is applied first."""
+    attn, arguments = block.attn, _attention_arguments(form, block, size, mask_value)
+    z = norm_for_linear(block, "norm1", x, attn.qkv.in_features) if form.norm == "pre" else x
+    qkv = qkv_of(attn, z.reshape(x.shape[0], *size, x.shape[-1]), arguments["pad_qkv"])
+    return window_attention_qkvpacked(qkv, **arguments, backend=block._swinkernels_backend)
 
 
 def _has_own_mask(block: Any) -> bool:
@@ -236,7 +243,11 @@ def _residual(block: Any, half: int, norm: str) -> Residual | None:
     if name is None:
         return None
     kind = _known_drop_path()
-    return Residual(norm, name, kind, "timm's DropPath", width=lambda block: block.attn.qkv.in_features)
+    return Residual(norm, name, kind, "timm's DropPath", width=_channels)
+
+
+def _channels(block: Any) -> int:
+    return block.attn.qkv.in_features
 
 
 def _add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
@@ -331,6 +342,61 @@ def _mlp_half(block: Any, s: Tensor, z: Tensor) -> Tensor:
     return s + _drop_path(block, 2)(child(block, "mlp")(z)) if y is None else y
 
 
+# Halves that recompute
+
+
+def _why_not_halves(form: Form, block: Any, training: bool | None) -> str | None:
+    """Return the reason why attention_half and mlp_half cannot replace a block's code, or None."""
+    if getattr(block, "use_checkpoint", False):
+        return "use_checkpoint is set, so the block checkpoints its branches"
+    attn, snapshot = child(block, "attn"), block._swinkernels_mlp
+    if snapshot is None:
+        return "a trial did not show that mlp computes fc2(gelu(fc1(x)))"
+    reason = snapshot.differs(child(block, "mlp"))
+    if reason is not None or form.norm == "post":
+        return reason
+    reason = _why_not_attention(block) or why_not_norm("norm1", child(block, "norm1"), attn.qkv.in_features)
+    return reason or why_layers_are_called(attn, training)
+
+
+@functools.cache
+def _recompute(form: Form, first: str | None, second: str | None, kind_of_mlp: Any, drop_path: Any) -> Recompute:
+    return Recompute(
+        Residual("norm2", first if form.norm == "pre" else second, drop_path, "timm's DropPath", width=_channels),
+        mlp.layers_of(kind_of_mlp, second, drop_path),
+        form.norm,
+        functools.partial(_why_not_halves, form),
+    )
+
+
+def _recompute_of(form: Form, block: Any) -> Recompute:
+    """Describe the halves of a block that can recompute norms and GELU."""
+    first, second = (_name_of_drop_path(block, half) for half in (1, 2))
+    drop_path: Any = _known_drop_path()
+    return _recompute(form, first, second, class_of(child(block, "mlp")), drop_path)
+
+
+def _recomputed(
+    form: Form, block: Any, x: Tensor, size: tuple[int, ...] = (), mask_value: float = 0.0
+) -> Tensor | None:
+    """Return the result of a v1 block, or of the MLP half of a v2 block, from halves that recompute.
+
+    Return None if the block has to run as without recompute. ``size`` and ``mask_value`` are those of v1's attention.
+    """
+    if not (block._swinkernels_recomputes and is_untraced((x,))):
+        return None
+
+    def branch() -> Tensor | None:
+        attn = child(block, "attn")
+        y = attention_branch(
+            x.reshape(x.shape[0], *size, x.shape[-1]), child(block, "norm1"), (child(attn, "qkv"),),
+            child(attn, "proj"), block._swinkernels_backend, _attention_arguments(form, block, size, mask_value),
+        )  # fmt: skip
+        return None if y is None else y.reshape(x.shape)
+
+    return _recompute_of(form, block).run(block, x, branch if form.norm == "pre" else None)
+
+
 class StructuralBlock(DynamicSubclass):
     """A block whose attention half is computed by a window attention op.
 
@@ -348,7 +414,8 @@ class StructuralBlock(DynamicSubclass):
     def _swinkernels_swapped(self) -> None:
         if not self._swinkernels_in_trial:
             axes = 1 if self._swinkernels_form.layout == "sequence" else _axes(self)
-            self.__dict__["_swinkernels_mlp"] = mlp.trusted(child(self, "mlp"), axes)
+            in_training = self._swinkernels_recomputes
+            self.__dict__["_swinkernels_mlp"] = mlp.trusted(child(self, "mlp"), axes, in_training)
         self.__dict__["_swinkernels_snapshots"] = {
             "": Snapshot(self, absorbs=False, sizes=_size_names(self._swinkernels_form)),
             "attn": Snapshot(child(self, "attn")),
@@ -382,6 +449,9 @@ class StructuralBlock(DynamicSubclass):
             if self._swinkernels_in_trial:
                 raise NotCovered(call)
             return super().forward(x, *args, **kwargs)
+        out = _recomputed(form, self, x, *call) if form.norm == "pre" else None
+        if out is not None:
+            return out
         saves_memory = getattr(self, "use_checkpoint", False) and torch.is_grad_enabled()
 
         def branch(function: Any, *arguments: Any) -> Tensor:
@@ -391,7 +461,8 @@ class StructuralBlock(DynamicSubclass):
 
         if form.norm == "post":
             x = _add_normed(self, x, branch(_attention_branch, x, *call), 1)
-            return _add_normed(self, x, branch(_mlp_branch, x), 2)
+            out = _recomputed(form, self, x)
+            return _add_normed(self, x, branch(_mlp_branch, x), 2) if out is None else out
         if saves_memory:
             x = x + _drop_path(self, 1)(branch(_attention_branch, x, *call))
             return x + _drop_path(self, 2)(branch(_mlp_branch, x))
@@ -713,4 +784,5 @@ def _adapter(original: Any, form: Form) -> Adapter:
         # If a mask passed as an argument differs from the standard mask, or if a compiler cannot read it, the block
         # runs its own code. Its attention then still uses the op, which accepts any mask as a dense bias.
         looks_inside=form.mask_from == "argument",
+        why_not_recompute=lambda block: _recompute_of(form, block).why_not_in_training(block),
     )

@@ -227,6 +227,7 @@ class Snapshot:
         self.get = itemgetter(*self.names, "training", "training")  # twice, so that get always returns a tuple
         self.inner = inner_state(self.values)
         self.missing = _missing_parameters(module)
+        self.tensors = frozenset(_tensors(module))
         self.known = frozenset(n for n, v in module.__dict__.items() if not is_bound_method(module, type(module), v))
         # Attributes that contain bound methods of the instance. Tools that offload weights store such methods.
         self.bound = tuple(n for n in module.__dict__ if n not in self.known)
@@ -273,6 +274,9 @@ class Snapshot:
             return self._changed(own)
         if _missing_parameters(module) != self.missing:
             return "a parameter was set to None, or a parameter that was None was set"
+        added = [n for n in _tensors(module) if n not in self.tensors and n not in self.ignored]
+        if added:
+            return f"{added[0]} was added to the instance"
         for name, kind, version, dim in self.leaves:
             leaf: Any = module._modules.get(name)
             if type(leaf) is not kind or "forward" in leaf.__dict__ or leaf.__dict__.get("dim") != dim:
@@ -319,6 +323,11 @@ def _missing_parameters(module: nn.Module) -> list[str]:
     return [name for name, p in module._parameters.items() if p is None]
 
 
+def _tensors(module: nn.Module) -> list[str]:
+    """Return the names of the module's own parameters and buffers that are not None."""
+    return [n for tensors in (module._parameters, module._buffers) for n, t in tensors.items() if t is not None]
+
+
 def _has_values(name: str, buffer: Tensor) -> bool:
     if buffer.is_meta or name in _NOT_COMPARED:
         return False
@@ -358,10 +367,10 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 
 
 def largest_number(module: nn.Module, most: int, channels: int) -> int:
-    """Return the largest int up to ``most`` with which a forward may compare a number of tokens, or 0.
+    """Return the largest integer, at most ``most``, that the forward may compare a token count with, or 0.
 
     Search the code of the module's classes, the globals that this code names, and the attributes of the modules. An
-    attribute equal to one to four times ``channels`` is assumed to be a width and ignored.
+    attribute equal to 1, 2, 3 or 4 times ``channels`` is assumed to be a width and is ignored.
     """
     found = [0]
     widths = {times * channels for times in range(1, 5)}

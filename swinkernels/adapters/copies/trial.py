@@ -269,11 +269,18 @@ class Trial:
 
     def _result(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return the output of ``module`` for ``x``, and store the state after the call in ``_left``."""
+        numpy = sys.modules.get("numpy")
+        random.seed(3)
+        if numpy is not None:
+            numpy.random.seed(3)
         try:
             out = self.call(module, x)
         finally:
             self._left = left_behind(module, self._reached)
             put_back(self._reached)
+        self._left["the next number of Python's random"] = random.random()
+        if numpy is not None:
+            self._left["the next number of numpy's random"] = numpy.random.rand()
         if not isinstance(out, Tensor):
             raise TypeError(f"it returns a {type(out).__name__}, not a tensor")
         return out

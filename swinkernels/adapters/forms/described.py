@@ -271,7 +271,7 @@ def _why_not_by_trial(form: Form, module: nn.Module) -> str | None:
 
 
 _BATCH = 2  # images in a trial; with one image, a wrong stride between images would go unnoticed
-_MOST_TOKENS = 20_000  # larger numbers in a module's code are assumed not to be compared with a number of tokens
+_MOST_TOKENS = 20_000  # a larger constant in a module's code is assumed not to be a limit on the number of tokens
 
 
 def _sizes(form: Form, module: Any) -> list[tuple[int, ...]]:

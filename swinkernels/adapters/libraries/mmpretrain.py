@@ -40,9 +40,10 @@ from swinkernels.adapters.bypass import (
     replaced_method,
     watch,
     why_not_absorbed,
+    why_not_norm,
     why_not_window_attention,
 )
-from swinkernels.adapters.linear_layers import drops_nothing
+from swinkernels.adapters.linear_layers import why_not_left_out
 from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
@@ -52,9 +53,18 @@ from swinkernels.adapters.microsoft_attention import (
     qkv_bias,
     qkv_of,
     score_factor,
+    why_layers_are_called,
 )
-from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
+from swinkernels.adapters.norms import (
+    Merging,
+    Residual,
+    floored_drop_path_scale,
+    norm_for_linear,
+    norm_row,
+    residuals_adapter,
+)
 from swinkernels.adapters.part import window_attention_part
+from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops._library import autocast_dtype
@@ -181,8 +191,18 @@ def _casts_its_input(block: Any) -> bool:
 
 
 _NORM1_ROW = norm_row("norm1")
-_RESIDUAL = Residual("norm2", casts_its_input=_casts_its_input, width=norm_row("norm2"))
+_RESIDUAL = Residual("norm2", casts_its_input=_casts_its_input, width=norm_row("norm2"), scale=floored_drop_path_scale)
 _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1", "norm2"))
+
+
+def _why_not_op(attn: Any) -> str | None:
+    """Return the reason why a call of a block's attention does more than the op and layers around it, or None."""
+    if class_of(attn) is not AcceleratedShiftWindowMSA:
+        return f"attn is a {class_of(attn).__name__}"
+    reason = replaced_method(attn, ShiftWindowMSA, "attn")
+    if reason is None and has_hooks(attn):
+        return "a hook is registered on attn"
+    return reason or _why_not_attention(attn)
 
 
 def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
@@ -190,35 +210,79 @@ def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
 
     Under autocast, the result has QKV's input dtype if only accelerated attention reads it.
     """
-    if (
-        autocast_dtype(x) is None
-        or class_of(attn) is not AcceleratedShiftWindowMSA
-        or replaced_method(attn, ShiftWindowMSA, "attn") is not None
-        or has_hooks(attn)
-        or not _map_fits(attn, x, *hw_shape)
-        or _why_not_attention(attn) is not None
-    ):
+    if autocast_dtype(x) is None or _why_not_op(attn) is not None or not _map_fits(attn, x, *hw_shape):
         return child(block, "norm1")(x)
     return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
 
 
-_MLP = linear_layers.Mlp((("layers", Sequential, ()),))
+_MLP = linear_layers.Mlp((("layers", Sequential, ()),), drop="dropout_layer", drop_kind=DropPath)
+
+
+def _why_not_layers(ffn: Any, adds: bool) -> str | None:
+    """Return the reason why FFN(z) differs from the results of its layers and drop path, or None.
+
+    ``adds`` is True if the FFN has to add its second argument.
+    """
+    reason = why_not_absorbed("ffn", ffn, FFN, "mmcv's FFN")
+    if reason is not None:
+        return reason
+    if bool(ffn.add_identity) is not adds:
+        return f"ffn.add_identity is {ffn.add_identity}"
+    return why_not_left_out("ffn.gamma2", child(ffn, "gamma2"), nn.Identity)  # or it is layer scale
+
+
+def _why_not_drop_path(ffn: Any, training: bool | None) -> str | None:
+    """Return the reason why the FFN's drop path, which precedes the norm in v2, cannot be left out, or None."""
+    return why_not_left_out("ffn.dropout_layer", child(ffn, "dropout_layer"), DropPath, training)
 
 
 def _ffn(block: Any, z: Tensor, s: Tensor | None = None) -> Tensor:
     """Return FFN(z), or s + FFN(z) if ``s`` is given."""
     ffn = child(block, "ffn")
-    if (
-        linear_layers.fuses(z)
-        and why_not_absorbed("ffn", ffn, FFN, "mmcv's FFN") is None
-        and bool(ffn.add_identity) is (s is not None)
-        and drops_nothing("ffn.dropout_layer", child(ffn, "dropout_layer"), DropPath)
-        and drops_nothing("ffn.gamma2", child(ffn, "gamma2"), nn.Identity)  # otherwise gamma2 is a layer scale
-    ):
+    drops = s is None and _why_not_drop_path(ffn, None) is not None
+    if linear_layers.fuses(z) and not drops and _why_not_layers(ffn, s is not None) is None:
         y = _MLP.fused(ffn, z, s)
         if y is not None:
             return y
     return ffn(z) if s is None else ffn(z, identity=s)
+
+
+def _why_not_halves(block: Any, training: bool | None) -> str | None:
+    """Return the reason why attention_half and mlp_half cannot replace a v1 block's code, or None."""
+    attn, norm = child(block, "attn"), child(block, "norm1")
+    reason = _why_not_op(attn) or why_not_norm("norm1", norm, _NORM1_ROW(block))
+    if reason is not None:
+        return reason
+    reason = why_layers_are_called(child(attn, "w_msa"), training, "attn.w_msa")
+    return reason or _why_not_layers(child(block, "ffn"), True)
+
+
+def _why_not_second_half(block: Any, training: bool | None) -> str | None:
+    """Return the reason why mlp_half cannot replace the second half of a v2 block, or None."""
+    ffn = child(block, "ffn")
+    return _why_not_layers(ffn, False) or _why_not_drop_path(ffn, training)
+
+
+def _owner(block: Any) -> Any:
+    return child(block, "ffn")
+
+
+_RECOMPUTE = Recompute(_RESIDUAL, _MLP, "pre", _why_not_halves, _owner)
+_RECOMPUTE_V2 = Recompute(_RESIDUALS_V2[1], _MLP, "post", _why_not_second_half, _owner)
+
+
+def _branch(block: Any, x: Tensor, hw_shape: Any) -> Tensor | None:
+    """Return a v1 block's attention branch, or None if attention_half cannot compute it for this map."""
+    attn = child(block, "attn")
+    if not _map_fits(attn, x, *hw_shape):
+        return None
+    w_msa = child(attn, "w_msa")
+    geometry = _attention_arguments(attn, *hw_shape)
+    y = attention_branch(
+        x.view(x.shape[0], *hw_shape, x.shape[2]), child(block, "norm1"), (child(w_msa, "qkv"),), child(w_msa, "proj"),
+        attn._swinkernels_backend, {**geometry, "pad_qkv": qkv_bias(w_msa), "dropout_p": dropout_at_call(w_msa)},
+    )  # fmt: skip
+    return None if y is None else child(attn, "drop")(y.flatten(1, 2))
 
 
 class AcceleratedSwinBlock(Accelerated, SwinBlock):
@@ -232,6 +296,9 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
         return self._halves(x, hw_shape)
 
     def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
+        out = _RECOMPUTE.run(self, x, lambda: _branch(self, x, hw_shape))
+        if out is not None:
+            return out
         attn = child(self, "attn")
         y = attn(_norm1(self, attn, x, hw_shape), hw_shape)
         fused = _RESIDUAL.add_then_norm(self, x, y)
@@ -255,9 +322,11 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
 
     def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
         for residual, branch in zip(_RESIDUALS_V2, ("attn", "ffn"), strict=True):
-            y = child(self, "attn")(x, hw_shape) if branch == "attn" else _ffn(self, x)
-            fused = residual.add_normed(self, x, y)
-            x = child(self, residual.norm)(y) + x if fused is None else fused
+            out = _RECOMPUTE_V2.run(self, x) if branch == "ffn" else None
+            if out is None:
+                y = child(self, "attn")(x, hw_shape) if branch == "attn" else _ffn(self, x)
+                out = residual.add_normed(self, x, y)
+            x = child(self, residual.norm)(y) + x if out is None else out
         return child(self, "norm3")(x) if self.extra_norm else x
 
 
@@ -349,9 +418,23 @@ ADAPTERS = (
         weight=_qkv_weight,
         run=_run_with_size,
     ),
-    residuals_adapter("mmpretrain", SwinBlock, AcceleratedSwinBlock, (_RESIDUAL,), _attention_size, run=_run_with_size),
     residuals_adapter(
-        "mmpretrain", SwinBlockV2, AcceleratedSwinBlockV2, _RESIDUALS_V2, _attention_size, run=_run_with_size
+        "mmpretrain",
+        SwinBlock,
+        AcceleratedSwinBlock,
+        (_RESIDUAL,),
+        _attention_size,
+        run=_run_with_size,
+        why_not_recompute=_RECOMPUTE.why_not_in_training,
+    ),
+    residuals_adapter(
+        "mmpretrain",
+        SwinBlockV2,
+        AcceleratedSwinBlockV2,
+        _RESIDUALS_V2,
+        _attention_size,
+        run=_run_with_size,
+        why_not_recompute=_RECOMPUTE_V2.why_not_in_training,
     ),
     _MERGING.adapter("mmpretrain", MMCVPatchMerging, AcceleratedMMCVPatchMerging, _merging_shape, run=_run_with_size),
     _MERGING_V2.adapter("mmpretrain", PatchMerging, AcceleratedPatchMerging, _merging_shape, run=_run_with_size),

@@ -46,12 +46,15 @@ from swinkernels.adapters.bypass import (
     watch,
     why_not_absorbed,
     why_not_linear,
+    why_not_norm,
     why_not_window_attention,
 )
 from swinkernels.adapters.linear_layers import Mlp, call_linear
 from swinkernels.adapters.masks import frame_of, is_shift_mask, is_window_index
+from swinkernels.adapters.microsoft_attention import why_layers_are_called
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row
 from swinkernels.adapters.part import window_attention_part
+from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops._library import constant_when_compiled
@@ -145,22 +148,31 @@ def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
     return why_beyond_limits(0, get_window_size(size, block.window_size)) is None
 
 
-def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> Tensor | None:
-    """Return the output of the block's forward_part1, computed by ops, or None if MONAI's own code has to run."""
+def _call_arguments(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> dict[str, Any] | None:
+    """Return the op's arguments for a call of the block's attention, or None if MONAI's own code must run."""
     size = tuple(x.shape[1:-1])
     if not _size_fits(block, size) or _why_not_attention(block) is not None:
         return None
-    attn, arguments = block.attn, _attention_arguments(block, size)
+    arguments = _attention_arguments(block, size)
     window, shift = arguments["window_size"], arguments["shift_size"]
     if mask_matrix is None:
         arguments["mask_value"] = 0.0
     elif mask_matrix is not STANDARD_MASK and any(shift):  # without a shift, MONAI ignores the mask
         if not is_shift_mask(mask_matrix, frame_of(size, window), window, shift):
             return None
+    arguments["dropout_p"] = _dropout_p(block) if _dropout_is_on(block) else 0.0
+    return arguments
+
+
+def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> Tensor | None:
+    """Return the result of forward_part1, or None if MONAI's own code must run."""
+    arguments = _call_arguments(block, x, mask_matrix)
+    if arguments is None:
+        return None
+    attn = block.attn
     out = window_attention_qkvpacked(
         call_linear("attn.qkv", attn.qkv, norm_for_linear(block, "norm1", x, block.dim)),
         **arguments,
-        dropout_p=_dropout_p(block) if _dropout_is_on(block) else 0.0,
         backend=block._swinkernels_backend,
     )
     return attn.proj_drop(call_linear("attn.proj", attn.proj, out))
@@ -179,6 +191,28 @@ def _casts_its_input(block: Any) -> bool:
 
 _MLP = Mlp((("mlp", MLPBlock, ("linear1", "fn", "drop1", "linear2", "drop2")),), drop="drop_path", drop_kind=DropPath)
 _RESIDUAL = Residual("norm2", "drop_path", DropPath, "MONAI's DropPath", _casts_its_input)
+
+
+def _why_not_half(block: SwinTransformerBlock, training: bool | None) -> str | None:
+    """Return the reason why attention_half cannot replace a block's attention and norm1, or None."""
+    if block.use_checkpoint:
+        return "use_checkpoint is set, so the block checkpoints its branches"
+    reason = _why_not_attention(block) or why_not_norm("norm1", child(block, "norm1"), block.dim)
+    reason = reason or why_layers_are_called(child(block, "attn"), training)
+    # For the report; at a call, the size of the map decides.
+    return _why_not_window(block, tuple(block.window_size)) if reason is None and training else reason
+
+
+_RECOMPUTE = Recompute(_RESIDUAL, _MLP, "pre", _why_not_half)
+
+
+def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> Tensor | None:
+    """Return the block's attention branch, computed by attention_half, or None if MONAI's own code must run."""
+    arguments, attn = _call_arguments(block, x, mask_matrix), child(block, "attn")
+    if arguments is None:
+        return None
+    layers = (child(attn, "qkv"),), child(attn, "proj")
+    return attention_branch(x, child(block, "norm1"), *layers, block._swinkernels_backend, arguments)
 
 
 @constant_when_compiled
@@ -238,6 +272,9 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
             or replaced_method(self, SwinTransformerBlock) is not None
         ):
             return super().forward(x, mask_matrix)
+        out = _RECOMPUTE.run(self, x, lambda: _branch(self, x, mask_matrix))
+        if out is not None:
+            return out
         y = self.forward_part1(x, mask_matrix)
         fused = _RESIDUAL.add_then_norm(self, x, y)
         drop_path = child(self, "drop_path")
@@ -376,6 +413,7 @@ ADAPTERS = (
         input_shape=lambda block: (*_map_to_verify(block), block.dim),
         weight=_qkv_weight,
         run=_run_block,
+        why_not_recompute=_RECOMPUTE.why_not_in_training,
     ),
     Adapter(
         name="monai",

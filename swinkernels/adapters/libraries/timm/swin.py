@@ -24,7 +24,8 @@ from swinkernels.adapters.bypass import (
     why_not_norm,
 )
 from swinkernels.adapters.libraries.timm import _blocks
-from swinkernels.adapters.linear_layers import call_linear, why_not_left_out, why_not_readable
+from swinkernels.adapters.linear_layers import call_linear
+from swinkernels.adapters.microsoft_attention import why_layers_are_called
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.adapters.recompute import Recompute, attention_branch
@@ -109,12 +110,7 @@ def _why_not_half(block: SwinTransformerBlock, training: bool | None) -> str | N
     reason = _why_not_attention(block) or why_not_norm("norm1", child(block, "norm1"), block.dim)
     if reason is not None:
         return reason
-    attn = child(block, "attn")
-    return (
-        why_not_readable("attn.qkv", child(attn, "qkv"))
-        or why_not_readable("attn.proj", child(attn, "proj"))
-        or why_not_left_out("attn.proj_drop", child(attn, "proj_drop"), training=training)
-    )
+    return why_layers_are_called(child(block, "attn"), training)
 
 
 _RECOMPUTE = Recompute(_RESIDUAL, _blocks.MLP, "pre", _why_not_half)

@@ -17,7 +17,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from swinkernels.adapters.adapter import Accelerated, Adapter, original_class
 from swinkernels.adapters.bypass import (
     child,
-    class_of,
     replaced_forward,
     replaced_method,
     watch,
@@ -28,7 +27,7 @@ from swinkernels.adapters.bypass import (
 )
 from swinkernels.adapters.linear_layers import Mlp, call_linear, know_gelu, why_not_left_out, why_not_readable
 from swinkernels.adapters.masks import is_window_index
-from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
+from swinkernels.adapters.norms import Merging, Residual, floored_drop_path_scale, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention
@@ -169,8 +168,9 @@ def _times_masked(kind: Any) -> int:
         return round((weights[0, 0, 0, 0] / weights[0, 0, 0, 1]).log().item())
 
 
-def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
-    """Return q, k and v of a pad token, or None if none of the layers ``q``, ``k`` and ``v`` has a bias."""
+def _pad_qkv(layer: Any) -> Tensor | None:
+    """Return q, k and v of a pad token, or None if no projection has a bias."""
+    q, k, v, _ = _projections(layer).values()
     if q.bias is None and k.bias is None and v.bias is None:
         return None
     given = next(m.bias for m in (q, k, v) if m.bias is not None)
@@ -195,8 +195,7 @@ def _attention_arguments(layer: Any) -> dict[str, Any]:
             "mask_value": -100.0,
             "scale": None if "self" in attention._modules else attention.scaling,
         }
-    q, k, v, _ = _projections(layer).values()
-    return {**scores, "pad_qkv": _pad_qkv(q, k, v), **_geometry(layer)}
+    return {**scores, **_geometry(layer)}
 
 
 def _geometry(layer: Any) -> dict[str, Any]:
@@ -215,9 +214,12 @@ def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
     *inputs, output = _projections(layer).items()
     x = x.view(x.shape[0], height, width, x.shape[2])
     heads = _num_heads(layer)
+    # A comparison of sizes would be a guard in compiled code.
+    has_pads = torch.compiler.is_compiling() or any(s % layer.window_size for s in size)
     y = window_attention(
         *(call_linear(*projection, x).unflatten(-1, (heads, -1)) for projection in inputs),
         **_attention_arguments(layer),
+        pad_qkv=_pad_qkv(layer) if has_pads else None,
         dropout_p=_dropout_at_call(layer),
         backend=layer._swinkernels_backend,
     )
@@ -226,17 +228,6 @@ def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 # Residual connections and patch merging
-
-
-def _drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the per-sample factors by which transformers' DropPath would multiply ``y``, or None if they are 1.
-
-    The factors are computed from the same random numbers as in transformers.
-    """
-    if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
-        return None
-    keep = 1 - drop_path.drop_prob
-    return torch.floor(torch.rand(y.shape[0], dtype=dtype, device=y.device) + keep).div_(keep)
 
 
 def _casts_its_input(layer: Any) -> bool:
@@ -289,7 +280,8 @@ def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
     *qkv, proj = _projections(layer).values()
     y = attention_branch(
         x.view(x.shape[0], *size, x.shape[2]), child(layer, "layernorm_before"), qkv, proj,
-        layer._swinkernels_backend, {**_attention_arguments(layer), "dropout_p": _dropout_at_call(layer)},
+        layer._swinkernels_backend,
+        {**_attention_arguments(layer), "pad_qkv": _pad_qkv(layer), "dropout_p": _dropout_at_call(layer)},
     )  # fmt: skip
     return None if y is None else y.flatten(1, 2)
 
@@ -449,7 +441,7 @@ def layer_adapter(
 
     def residual(norm: str, casts_its_input: Callable[[Any], bool] = lambda layer: False) -> Residual:
         known_as = f"transformers' {drop_path.__name__}"
-        return Residual(norm, "drop_path", drop_path, known_as, casts_its_input, _width, _drop_path_scale)
+        return Residual(norm, "drop_path", drop_path, known_as, casts_its_input, _width, floored_drop_path_scale)
 
     watch(original, methods=("get_attn_mask", "maybe_pad", "cyclic_shift"))
     first, second = mlp if isinstance(mlp, tuple) else (mlp, None)
