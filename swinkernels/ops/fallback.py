@@ -223,7 +223,7 @@ def table_rows(
 def bias_of_table(table: Tensor, rows: Tensor, n: int) -> Tensor:
     """Look up the bias, (heads, N, M) or (types, heads, N, M), in a table (rows, heads) or (rows, types, heads)."""
     bias = table.index_select(0, rows).unflatten(0, (n, -1))
-    return bias.permute(*range(2, bias.dim()), 0, 1)
+    return bias.permute(*range(2, bias.dim()), 0, 1).contiguous()  # as the scores, to which it is added
 
 
 def _regions(frame: _Frame, shift: Sequence[int], periodic: Sequence[bool], device: torch.device) -> Tensor:
