@@ -120,6 +120,9 @@ def subject(case: ModelCase, kind: str, path: str = "", batch: int | None = None
     None if ``kind`` is "fused" and the library has no fast option.
     """
     model = build(case, fused=kind == "fused")
+    if kind == "accelerate" and case.library == "transformers":
+        # accelerate leaves eager attention as it is, because users may ask it for attention weights.
+        model = build(case, fused=True) or model
     if model is None:
         return None
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((images(case),), {})]
@@ -132,8 +135,8 @@ def subject(case: ModelCase, kind: str, path: str = "", batch: int | None = None
         hook.remove()
     if kind == "accelerate":
         report = swinkernels.accelerate(model)
-        if not report.replaced:
-            raise RuntimeError(f"accelerate replaced nothing in {case.model}:\n{report}")
+        if not report.replaced or report.skipped:
+            raise RuntimeError(f"accelerate did not replace all modules of {case.model}:\n{report}")
     (x, *others), kwargs = calls[-1]  # `others`, such as a map's size or a mask, do not depend on the image
     return Subject(model.get_submodule(path), (_repeat(x, (batch or case.batch) // case.batch), *others), kwargs)
 

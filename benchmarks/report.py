@@ -38,18 +38,17 @@ measurements. `python -m benchmarks compare A.csv B.csv` lists the changes betwe
 - The outputs and gradients of each contestant are first compared in float64 with the reference, or with the library's
   own model. A contestant with a wrong result is marked WRONG and has no ratio. The error is the worst RMS error in
   units of the dtype's eps.
-- The contestants of a row are timed in turn, so a slow moment of the machine affects all of them. Times are medians. A
-  time is noisy if its 20th and 80th percentiles differ by more than 10 % of the median. All contestants of its row are
-  then measured again, up to three times in all; `~` marks a time that is still noisy. The CSV files have both
-  percentiles.
-- On a GPU, ops are timed in replays of CUDA graphs over inputs that rotate through more than the L2 cache. Models are
-  timed with events, after the cache has been overwritten. On a CPU, times are wall-clock times, and inputs may be in a
-  cache.
-- The roofline is the larger of bytes / copy rate and flops / matrix rate, both measured in the same run, for the bytes
-  that the op has to move and the flops of its matrix products. If a map fits into a CPU's cache, an op may be faster
-  than the copy rate allows.
-- The published mask of -100 leads to probabilities of e^-100, which are denormal in float32. On a CPU, these slow down
-  PyTorch code by a factor that depends on the processor. The CPU kernels set such probabilities to zero.
+- The contestants of a row are timed in turn, so a temporary slowdown affects all of them. Times are medians. A time is
+  noisy if its 20th and 80th percentiles differ by more than 10 % of the median. All contestants of its row are then
+  measured again, up to three times in all; `~` marks a time that is still noisy. The CSV files have both percentiles.
+- On a GPU, ops are timed by replaying CUDA graphs that cycle through inputs larger than the L2 cache. Models are timed
+  with events, after the cache has been overwritten. On a CPU, times are wall-clock times, and inputs may be in a cache.
+- The roofline is the larger of bytes / copy rate and flops / matrix rate: the bytes that the op has to move and the
+  flops of its matrix products. Both rates are measured in the same run. If a map fits into a CPU's cache, an op may be
+  faster than the copy rate allows.
+- The mask value of -100 in published code leads to probabilities of e^-100, which are denormal in float32. On a CPU,
+  these slow down PyTorch code by a factor that depends on the processor. The CPU kernels set such probabilities to
+  zero.
 - Times exclude compilation; `first_call_s` in the CSV files includes it. Peak memory is the most memory that one call
   allocates in addition to the memory in use before it, results included.
 - A training step is a forward and a backward pass, without an optimizer. Models have random weights.
@@ -344,7 +343,8 @@ def headline(rows: Sequence[Row]) -> str:
     forward, both = (list(charts.best_ratios(rows, direction).values()) for direction in ("fwd", "fwd+bwd"))
     timed = [row for row in rows if row["median_us"] is not None]
     noisy = sum(row["noisy"] is True for row in timed)
-    dtypes = ", ".join(dict.fromkeys(dtype for _, dtype in charts.best_ratios(rows, "fwd")))
+    measured = (row["dtype"] for row in rows if row["suite"] in ("ops", "models"))
+    dtypes = " and ".join(dict.fromkeys(measured))
     text = (
         f"**Window attention is {statistics.median(forward):.1f} times as fast forward** as the fastest other "
         "implementation in the same run: plain PyTorch, `scaled_dot_product_attention` or `torch.compile`. This is the "

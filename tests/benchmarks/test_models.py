@@ -153,7 +153,20 @@ def test_one_that_fails_does_not_cost_the_others(small_model: str, monkeypatch: 
         "fused": "ok",
         "accelerate": "FAILED",
     }
-    assert "accelerate replaced nothing" in capsys.readouterr().err
+    assert "accelerate did not replace all modules" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_t.torchvision", "swin_t.transformers", "swin2sr.transformers"])
+def test_every_module_of_a_model_is_accelerated(name: str) -> None:
+    """The accelerated model does not have transformers' eager attention, which accelerate leaves as it is."""
+    case = shapes.MODELS[name]
+    pytest.importorskip(case.library)
+    subject = models.subject(case, "accelerate")
+    assert subject is not None
+    swinkernels.restore(subject.module)
+    report = swinkernels.accelerate(subject.module)
+    assert report.replaced
+    assert not report.skipped
 
 
 def test_no_contestant_runs_eagerly_for_want_of_compilations(small_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
