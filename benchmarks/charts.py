@@ -217,18 +217,18 @@ def _of_models(rows: Sequence[Row], value: str, scale: float, title: str, unit: 
         r for r in rows if r["suite"] in ("models", "memory") and r["result"] == RESULT_OK and r[value] is not None
     ]
     modes = list(dict.fromkeys(row["direction"] for row in found))
-    names = list(dict.fromkeys((row["shape"], row["dtype"]) for row in found))
+    names = list(dict.fromkeys((row["shape"], row["case"], row["dtype"]) for row in found))
     fig, axes = plt.subplots(
         1, len(modes), figsize=(6 * len(modes), 1.6 + 0.85 * len(names)), layout="constrained", squeeze=False
     )
     for axis, mode in zip(axes.flat, modes, strict=True):
         groups = {
-            f"{shape}\n{dtype}": {
+            f"{shape}\n{dtype}, batch {case.split('-')[1][1:]}": {
                 row["backend"]: row[value] * scale
                 for row in found
-                if (row["shape"], row["dtype"], row["direction"]) == (shape, dtype, mode)
+                if (row["shape"], row["case"], row["dtype"], row["direction"]) == (shape, case, dtype, mode)
             }
-            for shape, dtype in names
+            for shape, case, dtype in names
         }
         _bars(axis, groups, models.CONTESTANTS)
         axis.set_title(mode, fontsize=10)

@@ -353,12 +353,14 @@ def headline(rows: Sequence[Row]) -> str:
     if both:
         text += f"; forward and backward together it is {statistics.median(both):.1f} times as fast ({_span(both)})"
     text += ". "
+    if not any(row["driver"] for row in rows):
+        text += "Denormal numbers behind the mask slow down the others, on some processors by much. "
     if gains := model_gains(rows):
         text += f"Whole models spend most of their time in other layers and run {_span(gains)} times as fast as the "
         text += "library's own uncompiled code. "
     text += (
-        f"All times were measured on {device(rows)}, {dtypes}; in {noisy} of {len(timed)} timings the 20th and 80th "
-        "percentiles differ by over a tenth of the median ([benchmarks](docs/benchmarks.md))."
+        f"All times were measured on {device(rows)}, {dtypes}; {noisy} of {len(timed)} are noisy "
+        "([benchmarks](docs/benchmarks.md))."
     )
     return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
 
