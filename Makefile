@@ -119,7 +119,8 @@ test-all: $(dev_stamp) build
 	$(call phase,install-interop,installing packages for the interop tests into $(VENV),$(call install,$(VENV),$(TORCH) --group interop))
 	$(in_venv) $(run) -m tests.run_all $(PARTS)
 
-# Builds for this machine's torch. For another major version of CUDA, set CUDA_HOME, and TORCH to a build for it.
+# Builds for this machine's torch. For another major version of CUDA, set CUDA_HOME to its toolkit and TORCH to a torch
+# that was built with it.
 wheel: $(torch_stamp)
 	$(call phase,install-wheel,installing auditwheel into $(VENV),$(call install,$(VENV),$(TORCH) --group wheel))
 	$(call phase,wheel-cpu,building the CPU wheel,$(in_venv) $(run) -m release.wheel cpu)

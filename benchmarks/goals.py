@@ -33,12 +33,13 @@ ATTENTION_GOALS = {
     "swin_unetr.1": AttentionGoal(50, 40, 2, 3),
 }
 GOAL = shapes.GOAL
-# Goals at the shape GOAL: the longest float16 time as a multiple of the bfloat16 time, and the minimum speeds of TF32
-# and of Triton as percentages of a device copy's.
+# Goals at the shape GOAL: the maximum float16 time as a multiple of the bfloat16 time, and the minimum speeds of TF32
+# and of Triton as percentages of the speed of a device copy.
 FLOAT16_GOAL = 1.03  # the same time, up to the variation between runs
 TF32_GOAL = 70.0
 TRITON_GOALS = {"fwd": 60.0, "bwd": 50.0}
-# The minimum speed of the memory-bound ops at each shape in shapes.MAP_GOALS, as a percentage of a device copy's.
+# The minimum speed of the memory-bound ops at each shape in shapes.MAP_GOALS, as a percentage of the speed of a
+# device copy.
 MEMORY_GOALS = {
     ("window_partition", "fwd"): 92.0,
     ("window_reverse", "fwd"): 92.0,

@@ -88,7 +88,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """Return the bytes of the maps and of lse that are read and written for one window and head."""
+        """Return the number of bytes of the maps and of lse that are read and written per window and head."""
         rows = 4 if self.kernel == "fwd" else 7
         return self.tokens * (rows * self.head_dim * 2 + (4 if self.lse or self.kernel == "bwd" else 0))
 

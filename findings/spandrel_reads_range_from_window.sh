@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A loader of restoration models mistakes a SwinIR with 7x7 windows for a model that computes in 0..255.
+# spandrel loads a SwinIR with 7x7 windows as if its img_range were 255.
 #
 # Packages   spandrel 0.4.2, torchvision 0.29.1, torch 2.14.1
 # Expected   A model that is built, saved and loaded again from its state_dict gives the same image. Settings that a

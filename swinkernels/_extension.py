@@ -47,7 +47,7 @@ def find_library() -> Path | None:
 
 
 def _why_missing(folder: Path) -> str:
-    """Return the reason why ``folder`` has no op library: none was built, or sources hide the installed package."""
+    """Return the reason why ``folder`` has no op library: none was built, or sources shadow the installed package."""
     elsewhere = (Path(entry).resolve() / folder.name for entry in sys.path)
     installed = next((other for other in elsewhere if other != folder.resolve() and _library(other)), None)
     if installed is None:

@@ -363,7 +363,10 @@ def _bicubic(table: Tensor, side: int, target: tuple[int, ...]) -> Tensor:
 
 
 def _geometric_offsets(side: int, target: int) -> Tensor:
-    """Return the positions of ``side`` offsets among ``target``: symmetric about 0, with geometrically growing gaps."""
+    """Return where the ``side`` entries of a table axis lie on the offset axis of a table with ``target`` entries.
+
+    The positions are symmetric about 0, and the gaps between them grow geometrically.
+    """
     reach, wanted = side // 2, target // 2
     low, high = 1.01, 1.5
     ratio = low

@@ -138,7 +138,7 @@ def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, .
 _FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 
 
-@constant_when_compiled  # as the switch is for torch's own matmul in compiled code
+@constant_when_compiled  # torch.compile also treats the switch as a constant for torch's own matmul
 def _tf32_switch() -> bool:
     """Return True if torch allows TF32 products on CUDA, whichever of its switches was set."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

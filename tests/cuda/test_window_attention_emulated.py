@@ -665,7 +665,7 @@ def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> N
     q, k, v = qkv.chunk(3, dim=-1)
     dq, dk, dv = got["dqkv"].reshape(qkv.shape).chunk(3, dim=-1)
     assert torch.equal(got["out"].reshape(v.shape), v)
-    # With a probability of exactly one, dv would be dout and the other gradients zero, but lse is rounded.
+    # If P were exactly 1, dv would equal dout and other gradients would be zero. P is recomputed from a rounded lse.
     torch.testing.assert_close(dv, dout, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     most = torch.finfo(torch.bfloat16).eps * (dout.double() * v.double()).sum(-1).abs().max()
     for name, x, factor in (("dq", dq, k), ("dk", dk, q)):

@@ -1,4 +1,4 @@
-"""Tests that a run survives failures of its processes, writes results as they arrive, and stays within its time."""
+"""Tests that a run survives failed processes, writes results as they arrive, and stays within its time limit."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ class Block(nn.Module):
 
 
 class ClassificationBlock(Block):
-    """Microsoft's form: takes (B, L, C) for a map of one size, and keeps the mask in a buffer."""
+    """Microsoft's form: takes (B, L, C) for a fixed map size, and keeps the mask in a buffer."""
 
     def __init__(
         self,

@@ -172,8 +172,8 @@ def random_cases_match_reference(regime, dtype):
         assume(not (case.has_logit_scale and dtype == torch.float32))
         with mock.patch.multiple(tuning, **REGIMES[regime]):
             case = dataclasses.replace(case, options={**case.options, "dropout_p": dropout_p})
-            # The gradient of a few pad tokens may cancel to a hundredth of its terms, and v2's rounded unit rows
-            # make each term inexact.
+            # The sum over a few pad tokens may cancel to a hundredth of its terms, and v2's normalised rows are
+            # rounded, so each term is inexact.
             frame = math.prod(-(-s // w) * w for s, w in zip(case.size, case.window_tuple, strict=True))
             has_few_pads = case.has_pad_qkv and frame - math.prod(case.size) < SMALL_WINDOW
             check_with_dropout(case, dtype, seed, cancels=case.has_logit_scale and has_few_pads)

@@ -18,8 +18,9 @@ cudaError_t launch_over_windows(void (*kernel)(Arguments), int threads, size_t s
   return launch(kernel, dim3(plan.blocks), dim3(threads), smem_bytes, stream, args);
 }
 
-// Launches the plain kernel if it supports the call and the device has enough shared memory, and sets `taken` to
-// whether this is the case. It processes windows of more than one block of keys or, with axis_tables, of any length.
+// If the plain kernel supports the call and the device has enough shared memory, launches it and sets `taken` to true;
+// otherwise sets `taken` to false. The kernel processes windows of more than one block of keys or, with axis_tables, of
+// any length.
 // axis_tables is null unless kHasAxes. Defined in launch_long_fwd.cuh, and instantiated by the files fwd_long_*.cu and
 // fwd_axis_*.cu of instantiations/.
 template <class Traits, bool kHasAxes = false>
