@@ -64,7 +64,10 @@ def _output(*command: str | Path) -> str:
 
 
 def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
-    """Return the first complete CUDA toolkit, or None. As nvcc on the PATH may be a wrapper, its real path is used."""
+    """Return the first complete CUDA toolkit, or None.
+
+    nvcc on the PATH may be a wrapper, so it is asked for the folder of the compiler.
+    """
     candidates = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH"), "/usr/local/cuda"]
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc is not None:

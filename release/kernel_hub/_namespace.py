@@ -1,4 +1,4 @@
-"""Defines NAMESPACE, the namespace of the ops in torch.ops, which differs between builds by kernel-builder."""
+"""Defines NAMESPACE, the namespace of the ops in torch.ops. Every build by kernel-builder has a different one."""
 
 from ._ops import add_op_namespace_prefix
 

@@ -227,7 +227,7 @@ class SwinTransformerBlock(_Block):
 
 
 class SwinTransformerBlockV2(_Block):
-    r"""Shifted-window cosine attention and an MLP, each with a following norm and a residual connection (Swin v2).
+    r"""Shifted-window cosine attention and an MLP, each followed by a norm and a residual connection (Swin v2).
 
     .. math::
         s = x + LayerNorm(attention(x)), \quad y = s + LayerNorm(MLP(s))

@@ -77,7 +77,8 @@ class AxisTables {
       float* dtable = dtables + first * sizes_.row;
       matmul<false>(span.count, sizes_.row, queries, dproducts, sizes_.block, q, sizes_.row, dtable, dtable,
                     sizes_.row);
-      // No call of matmul<true> passes an addend, so the compiler removes the check for one.
+      // The loop below adds the product to dq: no call to matmul<true> passes an addend, so the compiler can drop the
+      // check for one.
       matmul<true>(queries, sizes_.row, span.count, dproducts, sizes_.block, tables_ + first * sizes_.row, sizes_.row,
                    nullptr, share_of_dq_, sizes_.row);
       for (int64_t k = 0; k < queries * sizes_.row; k += kLanes) store(dq + k, load(dq + k) + load(share_of_dq_ + k));

@@ -53,7 +53,7 @@ def mask_fits(block: Any, x: Tensor) -> bool:
 
 
 def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> str | None:
-    """Return the reason why ``buffers``, the result of :func:`stored` for ``block``, differ from timm's, or None."""
+    """Return a message that names the buffer of :func:`stored` that differs from timm's, or None if none does."""
     index, mask = buffers
     window, shift = block.window_size, block.shift_size
     has_index = "relative_position_index" in child(block, "attn")._buffers  # v2-CR has none

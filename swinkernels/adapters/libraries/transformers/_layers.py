@@ -119,7 +119,7 @@ def _why_not_attention(layer: Any) -> str | None:
         return reason
     attention = child(layer, "attention")
     for path, linear in _projections(layer).items():
-        reason = why_not_linear(path, linear)  # another layer may mix tokens or treat pad tokens differently
+        reason = why_not_linear(path, linear)  # any other class may mix tokens or treat pad tokens differently
         if reason is not None:
             return reason
     for path, dropout in _dropouts(layer).items():
