@@ -43,6 +43,15 @@ def why_distributed(module: nn.Module) -> str | None:
     return None
 
 
+def why_not_accelerated(name: str, module: Any, accelerated: Any) -> str | None:
+    """Return the reason why a call of the inner module ``name`` may do more than its class ``accelerated``, or None."""
+    original = accelerated._swinkernels_original
+    if class_of(module) is not accelerated:
+        return f"{name} is a {class_of(module).__name__}"
+    reason = replaced_method(module, original, name)
+    return f"a hook is registered on {name}" if reason is None and has_hooks(module) else reason
+
+
 def class_of(module: Any) -> type:
     """Return a module's class. For a proxy made by torch.export, return the class of the module behind the proxy.
 

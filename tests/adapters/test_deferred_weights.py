@@ -1,4 +1,4 @@
-"""Tests that attention weights are computed only if they are read, and equal those of the module's own code."""
+"""Tests that attention weights are computed only if they are read, with the values that the module computes."""
 
 from __future__ import annotations
 

@@ -330,7 +330,7 @@ DROPOUT = {
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout(library, name, arithmetic, monkeypatch):
-    """Outputs and gradients equal those of the reference with the same dropout mask."""
+    """The kernels and the reference agree if the reference drops the same attention weights."""
     case, seed = DROPOUT[name], -(2**62) + 12345
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
     shape = (case.batch, windows, case.num_heads, math.prod(case.window_tuple))

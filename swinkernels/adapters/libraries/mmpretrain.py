@@ -40,6 +40,7 @@ from swinkernels.adapters.bypass import (
     replaced_method,
     watch,
     why_not_absorbed,
+    why_not_accelerated,
     why_not_norm,
     why_not_window_attention,
 )
@@ -196,13 +197,8 @@ _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1",
 
 
 def _why_not_op(attn: Any) -> str | None:
-    """Return the reason why a call of a block's attention does more than the op and layers around it, or None."""
-    if class_of(attn) is not AcceleratedShiftWindowMSA:
-        return f"attn is a {class_of(attn).__name__}"
-    reason = replaced_method(attn, ShiftWindowMSA, "attn")
-    if reason is None and has_hooks(attn):
-        return "a hook is registered on attn"
-    return reason or _why_not_attention(attn)
+    """Return the reason why ops cannot replace a call of ``attn``, the attention of a block, or None."""
+    return why_not_accelerated("attn", attn, AcceleratedShiftWindowMSA) or _why_not_attention(attn)
 
 
 def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:

@@ -39,10 +39,10 @@ from swinkernels.adapters.adapter import Accelerated, Adapter, original_class
 from swinkernels.adapters.bypass import (
     child,
     class_of,
-    has_hooks,
     replaced_method,
     watch,
     why_not_absorbed,
+    why_not_accelerated,
     why_not_linear,
     why_not_norm,
 )
@@ -210,12 +210,7 @@ _MERGING_V2 = Merging("post", lambda merging: 2 * merging.dim)
 
 def _why_not_op(attn: Any) -> str | None:
     """Return the reason why the op cannot replace a call of ``attn``, the attention of a v1 block, or None."""
-    if class_of(attn) is not AcceleratedShiftedWindowAttention:
-        return f"attn is a {class_of(attn).__name__}"
-    reason = replaced_method(attn, ShiftedWindowAttention, "attn")
-    if reason is None and has_hooks(attn):
-        return "a hook is registered on attn"
-    return reason or _why_not_attention(attn)
+    return why_not_accelerated("attn", attn, AcceleratedShiftedWindowAttention) or _why_not_attention(attn)
 
 
 def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:

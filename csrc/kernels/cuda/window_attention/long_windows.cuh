@@ -160,7 +160,7 @@ struct LongTokens {
   template <int kMaps>
   __device__ __forceinline__ void fill_constants(const LongArguments<kMaps>& args, int capacity) const {
     for (int i = threadIdx.x; i < capacity; i += blockDim.x) {
-      // Past the window, the values are those of the first token of the last pair.
+      // Entries past the window repeat the entry of the first token of the last pair.
       const int last = args.num_tokens - 1, token = i <= last ? i : last / 2 * 2;
       packed[i] = PackedToken::of(args.layout, token);
       offset[i] = 4 * args.table.offset(args.layout, token);
