@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from swinkernels.adapters.bypass import child, class_of, watch, why_not_absorbed
 from swinkernels.adapters.norms import in_another_dtype
-from swinkernels.ops._fused_linear import fuses, linear
+from swinkernels.ops._fused_linear import fuses, linear, mlp
 
 # Class -> a function that returns the matching ``approximate`` argument of F.gelu ("none" or "tanh") for a module of
 # this class, or None if there is none.
@@ -135,7 +135,7 @@ class Layers(NamedTuple):
 
     def __call__(self, z: Tensor, s: Tensor | None = None) -> Tensor:
         fc1, fc2, gelu = self
-        return linear(linear(z, fc1.weight, fc1.bias, gelu=gelu), fc2.weight, fc2.bias, residual=s)
+        return mlp(z, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias), gelu=gelu, residual=s)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
         return f"it has been measured only on x86, not on {platform.machine()}"
     if dtype == torch.float32:
         name = torch.backends.cpu.get_cpu_capability()
-        return None if name.startswith("AVX512") else f"float32 products gain nothing from it on {name}"
+        return None if name.startswith("AVX") else f"in float32 it has been measured with AVX2 and AVX-512, not {name}"
     if dtype not in _LOW:
         return f"oneDNN has no {dtype} product"
     return None if getattr(torch.ops.mkldnn, _LOW[dtype])() else f"oneDNN has no {dtype} product on this CPU"
@@ -54,6 +54,38 @@ def linear(
         y = F.linear(x, weight, bias)
         y = y if gelu is None else F.gelu(y, approximate=gelu)
     return y if residual is None else add(residual, y, None)
+
+
+def mlp(
+    x: Tensor,
+    fc1: tuple[Tensor, Tensor | None],
+    fc2: tuple[Tensor, Tensor | None],
+    *,
+    gelu: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return fc2(GELU(fc1(x))), plus ``residual`` if given; ``fc1`` and ``fc2`` are pairs of weight and bias.
+
+    A large GELU result is never whole in memory: its rows are computed and used piece by piece.
+    """
+    width, rows = fc1[0].shape[0], x.numel() // max(x.shape[-1], 1)
+    is_broadcast = residual is not None and residual.shape != (*x.shape[:-1], fc2[0].shape[0])
+    if rows * width * x.element_size() <= _LARGE or is_broadcast or x.device.type != "cpu" or not _is_fused(x, *fc1):
+        return linear(linear(x, *fc1, gelu=gelu), *fc2, residual=residual)
+    of_x = x.reshape(rows, x.shape[-1])
+    of_residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
+    y = x.new_empty(rows, fc2[0].shape[0], dtype=x.dtype if residual is None else residual.dtype)
+    step = max(_PIECE // (width * x.element_size()), 1)
+    for first in range(0, rows, step):
+        piece = slice(first, first + step)
+        added = None if of_residual is None else of_residual[piece]
+        y[piece] = linear(linear(of_x[piece], *fc1, gelu=gelu), *fc2, residual=added)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+# glibc returns blocks of more than 32 MiB to the system when they are freed, so every call would have to map their
+# pages again. Pieces of 8 MiB are reused, and fit into most processors' last-level caches.
+_LARGE, _PIECE = 32 << 20, 8 << 20
 
 
 def fuses(x: Tensor) -> bool:

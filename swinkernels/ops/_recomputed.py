@@ -32,19 +32,14 @@ def norm_linear(
     backend: str,
     branch: Tensor | None = None,
     branch_scale: Tensor | None = None,
-    gelu: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
 
     ``weight`` may be a sequence of weights whose rows are concatenated; the concatenation is not saved either. The
-    norm's result and the branch have the dtype of the weight, and ``backend`` must support that norm. If ``gelu`` is
-    "none" or "tanh", GELU with that approximation follows and nothing is recomputed: for calls without gradients.
+    norm's result and the branch have the dtype of the weight, and ``backend`` must support that norm.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     tensors = (x, branch, branch_scale, norm_weight, norm_bias, bias, *weights)
-    if gelu is not None:
-        s, z = _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weights[0].dtype, eps, backend)
-        return s, linear(z, packed(weights), bias, gelu=gelu)
     is_learnt = branch_scale is not None and branch_scale.requires_grad
     s, y = _run(_NormLinear, _norm_linear, tensors, (eps, backend), recompute=not is_learnt)
     return x if s is None else s, y
@@ -62,11 +57,21 @@ def packed(weights: Sequence[Tensor]) -> Tensor:
 
 def _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, bias, *rest):
     *weights, eps, backend = rest
-    s, z = _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weights[0].dtype, eps, backend)
+    s, z = norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weights[0].dtype, eps, backend)
     return None if branch is None else s, linear(z, packed(weights), bias)
 
 
-def _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, dtype, eps, backend):
+def norm_of_sum(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dtype: torch.dtype,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return s = x + branch_scale * branch, or x without a branch, and LayerNorm(s) in ``dtype``."""
     if branch is None:
         return x, run_norm(x, norm_weight, norm_bias, (), eps, dtype, backend)
     s, z, *_ = run_residual("residual_layer_norm", x, branch, norm_weight, norm_bias, eps, branch_scale, backend)

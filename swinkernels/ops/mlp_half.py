@@ -11,11 +11,11 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, mlp_half_reasons, norm_reasons, residual_reasons
-from swinkernels.ops._fused_linear import linear
+from swinkernels.ops._fused_linear import linear, mlp
 from swinkernels.ops._fused_mlp import fused_mlp, lacks
 from swinkernels.ops._halves import cast, check_half, finish, scaled
 from swinkernels.ops._library import Found, any_requires_grad, autocast_dtype, linear_dtype, looked_up
-from swinkernels.ops._recomputed import gelu_linear, norm_linear
+from swinkernels.ops._recomputed import gelu_linear, norm_linear, norm_of_sum
 
 _APPROXIMATIONS = ("none", "tanh")
 _KNOWN = Found()
@@ -140,28 +140,30 @@ def mlp_half(
         )  # fmt: skip
     if branch is not None and not is_summed:
         x, branch, branch_scale = fallback.add(x, branch, branch_scale), None, None
-    # If autograd records this call, the backward pass recomputes GELU. Otherwise GELU is fused with the product before
-    # it, if oneDNN supports that on this CPU.
-    is_recorded = any_requires_grad(tensors)
-    gelu = None if is_recorded else approximate
-    weight, bias = cast(fc1_weight, fc1_bias, dtype)
+    fc1 = cast(fc1_weight, fc1_bias, dtype)
+    fc2 = cast(*scaled(fc2_weight, fc2_bias, layer_scale, norm), dtype)
     if chosen == "triton":
-        fc2 = cast(*scaled(fc2_weight, fc2_bias, layer_scale, norm), dtype)
-        return fused_mlp(x, branch, (norm_weight, norm_bias), (weight, bias), fc2, eps, norm, approximate)
-    if norm == "pre":
-        x, hidden = norm_linear(
-            x, norm_weight, norm_bias, weight, bias, eps=eps, backend=chosen, branch=branch,
-            branch_scale=branch_scale, gelu=gelu,
-        )  # fmt: skip
-    else:
-        hidden = linear(x.to(dtype), weight, bias, gelu=gelu)
-    weight, bias = cast(*scaled(fc2_weight, fc2_bias, layer_scale, norm), dtype)
+        return fused_mlp(x, branch, (norm_weight, norm_bias), fc1, fc2, eps, norm, approximate)
+    if any_requires_grad(tensors):
+        if norm == "pre":
+            x, hidden = norm_linear(
+                x, norm_weight, norm_bias, *fc1, eps=eps, backend=chosen, branch=branch, branch_scale=branch_scale
+            )
+        else:
+            hidden = linear(x.to(dtype), *fc1)
 
-    def last(added: Tensor | None) -> Tensor:
-        if not is_recorded:
-            return linear(hidden, weight, bias, residual=added)
-        y = gelu_linear(hidden, weight, bias, approximate=approximate)
-        return y if added is None else fallback.add(added, y, None)
+        def last(added: Tensor | None) -> Tensor:
+            y = gelu_linear(hidden, *fc2, approximate=approximate)  # the backward pass recomputes GELU
+            return y if added is None else fallback.add(added, y, None)
+
+    else:
+        if norm == "pre":
+            x, z = norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, dtype, eps, chosen)
+        else:
+            z = x.to(dtype)
+
+        def last(added: Tensor | None) -> Tensor:
+            return mlp(z, fc1, fc2, gelu=approximate, residual=added)
 
     return finish(
         x, last, norm_weight, norm_bias, layer_scale, drop_path_scale, eps=eps, norm=norm, residual=residual,

@@ -155,6 +155,54 @@ def test_a_halfs_products_on_a_cpu():
     assert_within_budget(y, exact, lambda: swinkernels.reference.mlp_half(*tensors))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_added", [True, False])
+def test_mlp_piece_by_piece(monkeypatch, is_added, dtype):
+    """A large hidden layer is computed in pieces of rows, the last of which is smaller."""
+    need_fused(dtype)
+    x, fc1, bias, _ = draw(dtype)
+    generator = torch.Generator().manual_seed(2)
+    fc2 = (torch.randn(IN, OUT, generator=generator) / OUT**0.5).to(dtype)
+    residual = torch.randn(*ROWS, IN, generator=generator).to(dtype) if is_added else None
+    whole_rows = x.numel() // IN
+    monkeypatch.setattr(_fused_linear, "_LARGE", whole_rows * OUT * dtype.itemsize - 1)
+    monkeypatch.setattr(_fused_linear, "_PIECE", 100 * OUT * dtype.itemsize)
+    monkeypatch.setattr(_fused_linear, "_is_large", lambda x, weight: True)
+
+    def exact(*tensors: Tensor | None) -> Tensor:
+        x, fc1, bias, fc2, residual = tensors
+        return plain(F.gelu(F.linear(x, fc1, bias)), fc2, None, None, residual)
+
+    tensors = (x, fc1, bias, fc2, residual)
+    with fused_calls() as called:
+        y = _fused_linear.mlp(x, (fc1, bias), (fc2, None), gelu="none", residual=residual)
+    assert whole_rows % 100 != 0
+    assert len(called) == 2 * -(-whole_rows // 100)
+    assert y.shape == (*ROWS, IN)
+    assert y.dtype == dtype
+    assert_within_budget(
+        y,
+        exact(*(t if t is None else t.double() for t in tensors)),
+        lambda: exact(*(t if t is None else t.float() for t in tensors)),
+    )
+    monkeypatch.setattr(_fused_linear, "_LARGE", whole_rows * OUT * dtype.itemsize)
+    with fused_calls() as called:
+        _fused_linear.mlp(x, (fc1, bias), (fc2, None), gelu="none", residual=residual)
+    assert len(called) == 2
+
+
+def test_an_mlp_with_gradients_is_not_computed_in_pieces(monkeypatch):
+    need_fused(torch.float32)
+    monkeypatch.setattr(_fused_linear, "_LARGE", 0)
+    x, fc1, bias, _ = draw()
+    fc2 = fc1.t().contiguous()
+    leaf = x.clone().requires_grad_()
+    y = _fused_linear.mlp(leaf, (fc1, bias), (fc2, None), gelu="tanh")
+    expected = F.linear(plain(leaf, fc1, bias, "tanh", None), fc2)
+    (got,) = torch.autograd.grad(y.square().sum(), leaf)
+    torch.testing.assert_close(got, torch.autograd.grad(expected.square().sum(), leaf)[0], rtol=1e-4, atol=1e-2)
+
+
 class Doubled(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         y = func(*args, **(kwargs or {}))
