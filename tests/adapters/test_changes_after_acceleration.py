@@ -17,6 +17,7 @@ import swinkernels
 from swinkernels.adapters import bypass
 from swinkernels.adapters.adapter import Accelerated, original_class
 from tests.support.places import PLACES, Place
+from tests.support.sweeps import in_turn, long_but
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
@@ -251,7 +252,9 @@ def compiled_places() -> list[str]:
     return [n for n in names if n in PLACES]
 
 
-@pytest.mark.parametrize("name", compiled_places())
+@pytest.mark.parametrize(
+    "name", long_but(compiled_places(), "timm swin", "torchvision v2", "transformers donut", "copy")
+)
 def test_code_that_was_compiled_notices_an_assigned_index(name):
     torch._dynamo.reset()
     place = PLACES[name]
@@ -266,8 +269,10 @@ def test_code_that_was_compiled_notices_an_assigned_index(name):
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("name", compiled_places())
-@pytest.mark.parametrize("edit", [assign, change_in_place])
+EDITS = {"assign": assign, "change in place": change_in_place}
+
+
+@pytest.mark.parametrize(("name", "edit"), in_turn(compiled_places(), [*EDITS]))
 def test_code_compiled_after_a_change(name, edit):
     """An index changed before compilation takes effect, although the module has not run since the change."""
     torch._dynamo.reset()
@@ -275,12 +280,11 @@ def test_code_compiled_after_a_change(name, edit):
     plain, fast = pair(place)
     before = place.run(plain)
     for model in (plain, fast):
-        edit(model.get_submodule(place.index_of))
+        EDITS[edit](model.get_submodule(place.index_of))
     check(place, plain, torch.compile(fast, fullgraph=True, backend="eager"), before)
 
 
-@pytest.mark.parametrize("name", compiled_places())
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("name", "strict"), in_turn(compiled_places(), [False, True]))
 def test_export_after_a_change(name, strict):
     place = PLACES[name]
     plain, fast = pair(place)
@@ -296,8 +300,7 @@ def ops_in(exported: torch.export.ExportedProgram) -> int:
     return sum("swinkernels" in str(node.target) for node in exported.graph.nodes)
 
 
-@pytest.mark.parametrize("name", compiled_places())
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("name", "strict"), in_turn(compiled_places(), [False, True]))
 def test_export_keeps_the_op(name, strict):
     """An export contains the op even if the module was converted after ``accelerate`` and has not run since."""
     place = PLACES[name]

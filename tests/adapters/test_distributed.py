@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import swinkernels
 from tests.adapters.test_conformance import images, on_ops, original
-from tests.support.sweeps import in_turn
 
 PROCESSES, STEPS = 2, 4
+SHORT = {("torchvision", "ddp"), ("timm", "fsdp2")}  # the runs in `make test`; two processes import the libraries
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -72,7 +72,12 @@ def process(rank: int, library: str, how: str, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("library", "how"), in_turn(["timm", "torchvision", "transformers", "swinkernels"], ["ddp", "fsdp2"])
+    ("library", "how"),
+    [
+        pytest.param(library, how, id=f"{library}-{how}", marks=[] if (library, how) in SHORT else pytest.mark.long)
+        for library in ("timm", "torchvision", "transformers", "swinkernels")
+        for how in ("ddp", "fsdp2")
+    ],
 )
 def test_losses_of_two_processes_are_those_of_one(library, how, tmp_path):
     plain = copy.deepcopy(original(library)).train()

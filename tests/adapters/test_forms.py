@@ -24,6 +24,7 @@ from tests.adapters import trial_cost
 from tests.support import other_forms
 from tests.support.parity import assert_as_good, randomise, run, shaken
 from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
+from tests.support.sweeps import long_but
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
@@ -305,7 +306,7 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.parametrize("family", long_but(COMPILED, "VRT", "Segment Anything", "HTSAT", "Pangu-Weather"))
 def test_compile_fullgraph(family):
     torch.compiler.reset()
     model, x = model_of(family), make_input(family)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from tests.support import published_forms
 from tests.support.copied_code import refuse_forward
 from tests.support.fused_products import always_fused, fused_calls
 from tests.support.small_models import make_input, make_model
+from tests.support.sweeps import in_turn
 
 # For each family, the path of its first block and the names of the block's modules that make up the MLP half.
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -106,8 +107,12 @@ def replace_forward(module: nn.Module) -> None:
     module.forward = lambda x, **others: 1.5 * forward(x, **others)
 
 
-@every_family
-@pytest.mark.parametrize("edit", [scale, scale_input, subclass, replace_forward])
+EDITS: dict[str, Callable[[nn.Module], None]] = {
+    edit.__name__: edit for edit in (scale, scale_input, subclass, replace_forward)
+}
+
+
+@pytest.mark.parametrize(("family", "edit"), in_turn(PARTS, [*EDITS]))
 def test_edits_of_inner_modules_count(family, edit):
     """An edit of any module that a fused product replaces takes effect, before and after ``accelerate``."""
     path, parts = PARTS[family]
@@ -121,8 +126,8 @@ def test_edits_of_inner_modules_count(family, edit):
         for is_before in (True, False):
             plain = copy.deepcopy(model)
             fast = copy.deepcopy(model) if is_before else accelerated(model)
-            edit(plain.get_submodule(f"{path}.{name}"))
-            edit(fast.get_submodule(f"{path}.{name}"))
+            EDITS[edit](plain.get_submodule(f"{path}.{name}"))
+            EDITS[edit](fast.get_submodule(f"{path}.{name}"))
             if is_before:
                 swinkernels.accelerate(fast)
             expected = plain(x)

@@ -653,7 +653,7 @@ def test_what_has_no_kernel_is_refused(library, case):
         library.window_attention_qkvpacked(**case_inputs, **case.arguments())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> None:
     """With one token per window, out is v and dv is about dout, so a window visited twice or never is detected."""
     images, size = 3, (148, 149)

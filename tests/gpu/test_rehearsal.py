@@ -1,4 +1,7 @@
-"""Tests all steps of `make gpu-check REHEARSE=1`, the GPU check with emulated and interpreted kernels."""
+"""Tests `make gpu-check REHEARSE=1`, the GPU check with emulated and interpreted kernels.
+
+Most of its time is spent on starting a process for each group of a step, so `make test` runs a few of the steps.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,33 @@ pytestmark = [
 ]
 
 
+FEW = ("info", "bits", "fit")
+few = pytest.mark.parametrize("run", [FEW], indirect=True, ids=["few"])
+every = pytest.mark.parametrize("run", [pytest.param((), marks=pytest.mark.long)], indirect=True, ids=["every"])
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, list[dict[str, Any]], Path]:
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[subprocess.CompletedProcess, list[dict[str, Any]], Path]:
+    """Rehearse the steps of the parameter, or all if it is empty."""
     out = tmp_path_factory.mktemp("rehearsal")
     command = [sys.executable, "-m", "gpu", "check", "--rehearse", "--out", str(out)]
+    if request.param:
+        command += ["--steps", ",".join(request.param)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done, gpu_page.read_lines(out / "gpu.jsonl"), out
 
 
-def test_nothing_is_bad_and_every_step_runs(run) -> None:
+@pytest.mark.parametrize("run", [FEW, pytest.param((), marks=pytest.mark.long)], indirect=True, ids=["few", "every"])
+def test_nothing_is_bad_and_every_step_runs(run, request) -> None:
     done, found, out = run
+    names = request.node.callspec.params["run"] or plan.DEFAULT
     bad = [line for line in found if line["result"] in lines.BAD]
     assert bad == [], (out / "gpu.log").read_text()[-5000:]
     assert done.returncode == 0
     results = Counter((line["step"], line["result"]) for line in found)
-    for step in plan.steps(Setting(rehearse=True)):
+    for step in plan.steps(Setting(rehearse=True), names):
         assert results[step.name, "ok"] or step.name == "ncu", step.name
     assert not any(result == "cut" for _, result in results)
     assert {path.name for path in out.iterdir()} == {"gpu.jsonl", "gpu.log", "gpu.txt"}
@@ -47,6 +62,7 @@ def test_nothing_is_bad_and_every_step_runs(run) -> None:
     assert len(table.splitlines()) <= 40
 
 
+@few
 def test_every_line_says_where_it_is_from(run) -> None:
     _, found, _ = run
     first = next(i for i, line in enumerate(found) if line["step"] == "info")
@@ -55,6 +71,7 @@ def test_every_line_says_where_it_is_from(run) -> None:
         assert line["rehearsed"]  # generated pages leave out rehearsals
 
 
+@every
 def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
     """The calls go through the bindings, which otherwise only run on a GPU, and include norms and partition."""
     _, found, _ = run
@@ -69,6 +86,7 @@ def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
     assert {("window_attention", "fwd"), ("window_attention", "bwd"), ("window_partition", "fwd")} <= of_triton
 
 
+@few
 def test_a_first_call_in_a_capture_and_replays_are_tried(run) -> None:
     _, found, _ = run
     of_cuda = {(x["op"], x["direction"]) for x in found if x["step"] == "bits" and x["backend"] == "cuda"}
@@ -76,6 +94,7 @@ def test_a_first_call_in_a_capture_and_replays_are_tried(run) -> None:
         assert {d for o, d in of_cuda if o == op} >= {"first call in a capture", "side stream", "replay"}
 
 
+@few
 def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> None:
     """Each launched kernel fits the GPU's shared memory, threads and registers; otherwise Triton runs the call."""
     _, found, _ = run

@@ -16,6 +16,7 @@ import swinkernels
 from swinkernels import reference
 from tests.support.saved_bytes import kept_bytes
 from tests.support.side_by_side import assert_same, draw
+from tests.support.sweeps import in_turn
 
 C, HEADS, HIDDEN = 12, 3, 20
 DROP = torch.tensor([0.0, 1.25], dtype=torch.float64)
@@ -274,8 +275,7 @@ def test_low_precision(op, dtype):
     assert_close_enough(got, low, exact, gradients, torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "dynamic"), in_turn(OPS, [False, True]))
 def test_compile_in_one_graph(op, dynamic):
     tensors, options = case(op)
     compiled = torch.compile(

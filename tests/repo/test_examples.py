@@ -38,6 +38,7 @@ def test_train_digits_in_float32(tmp_path):
     assert (tmp_path / "train_digits.png").stat().st_size > 5000
 
 
+@pytest.mark.long
 def test_train_digits_in_bfloat16(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     out = run(tmp_path, str(EXAMPLES / "train_digits.py"), "--dtype", "bfloat16")
@@ -47,6 +48,7 @@ def test_train_digits_in_bfloat16(tmp_path):
     assert abs(apart) <= 0.03
 
 
+@pytest.mark.long
 def test_train_digits_on_two_processes_is_training_on_one(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     script = str(EXAMPLES / "train_digits.py")
@@ -70,6 +72,7 @@ def test_segment_coins(tmp_path):
     assert (tmp_path / "segment_coins.png").stat().st_size > 5000
 
 
+@pytest.mark.long
 def test_swin_unetr_volume(tmp_path):
     pytest.importorskip("monai", reason="MONAI is not installed")
     out = run(tmp_path, str(EXAMPLES / "swin_unetr_volume.py"), "--size", "64", "--steps", "1")
