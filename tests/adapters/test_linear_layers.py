@@ -82,7 +82,6 @@ def test_the_same_results_by_fused_products(family):
     assert len(called) >= 2 * len(blocks)
     expected = model(x)
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert not torch.equal(got, expected)
 
 
 def scale(module: nn.Module) -> None:

@@ -34,6 +34,7 @@ from tests.support.small_models import (
     transformers_swin,
 )
 from tests.support.small_models import make_model as make_small_model
+from tests.support.sweeps import long_but
 
 
 @dataclass(frozen=True)
@@ -430,8 +431,12 @@ def test_verify_and_restore(halves):
 
 
 @pytest.mark.parametrize(
-    "family", ["timm", "torchvision", "transformers", "transformers v2", "mmpretrain", "MONAI", "copy", "copy v2"]
-)
+    "family",
+    long_but(
+        ["timm", "torchvision", "transformers", "transformers v2", "mmpretrain", "MONAI", "copy", "copy v2"],
+        "timm", "mmpretrain", "copy v2",
+    ),
+)  # fmt: skip
 def test_compile_in_one_graph(family):
     model, x = make_model(family), make_image(family=family)
     fast = accelerated(model)
