@@ -1,4 +1,4 @@
-"""Compile a CUDA source for one architecture as the build does, but uncompressed, and cache the object."""
+"""Provide the object files of CUDA sources: those of the build if they are up to date, or else compiled here."""
 
 from __future__ import annotations
 
@@ -82,12 +82,37 @@ def command(root: Path, arch: str, source: Path, out: Path) -> list[str]:
     return [tool("nvcc"), "-O3", "-std=c++17", "-Xcompiler", "-fPIC", code, *includes]
 
 
+def machine_code(path: Path, arch: str) -> list[bytes]:
+    """Return the ELF files for ``arch`` in an object file or library."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run([tool("cuobjdump"), "-arch", arch, "-xelf", "all", path.resolve()], cwd=scratch)
+        return [elf.read_bytes() for elf in sorted(Path(scratch).iterdir())]
+
+
+def _built(root: Path, arch: str, source: Path, headers: Sequence[Path]) -> Path | None:
+    """Return the object file of ``make build`` if it is newer than its sources, and has this compiler's code."""
+    if not source.is_relative_to(root):
+        return None
+    newest = max(path.stat().st_mtime for path in (*headers, source))
+    version = compiler().replace("nvcc ", "V").encode()
+    for path in (root / "build").glob(f"temp.*/{source.relative_to(root).with_suffix('.o')}"):
+        if path.stat().st_mtime > newest and any(version in elf for elf in machine_code(path, arch)):
+            return path
+    return None
+
+
 def compile_one(root: Path, arch: str, source: Path) -> Path:
-    """Return the path of a source's object file; compile the source unless an up-to-date object is in the cache."""
+    """Return the path of a source's object file, from the build, the cache or the compiler.
+
+    An object of the build may also contain code for other architectures.
+    """
+    headers = sorted((root / "csrc").rglob("*.*h"))
+    if built := _built(root, arch, source, headers):
+        return built
     cache = Path(tempfile.gettempdir()) / f"swinkernels-compiled-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     key = hashlib.sha256(repr((compiler(), arch, command(Path(), arch, Path(source.name), Path()))).encode())
-    for path in (*sorted((root / "csrc").rglob("*.*h")), source):
+    for path in (*headers, source):
         name = path.relative_to(root) if path.is_relative_to(root) else path.name
         key.update(str(name).encode() + b"\0" + path.read_bytes())
     out = cache / f"{source.stem}-{key.hexdigest()[:24]}.o"

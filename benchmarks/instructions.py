@@ -1,8 +1,8 @@
 """Count the machine instructions that the window attention kernels execute, without a GPU.
 
-``python -m benchmarks.instructions`` compiles the hot instantiations with nvcc, calls their launch functions, and runs
-the machine code of the launched kernels on the CPU (``sass.py``), along the path that the kernel takes for the given
-arguments. The counts in ``instructions.csv`` are
+``python -m benchmarks.instructions`` takes the hot instantiations from the build, or compiles them with nvcc if they
+have changed since. It calls their launch functions, and runs the machine code of the launched kernels on the CPU
+(``sass.py``), along the path that the kernel takes for the given arguments. The counts in ``instructions.csv`` are
 
 * executed warp instructions, summed over the warps of a block and over the kernels of a call, per window and head;
 * for an interior window, whose tokens all attend to each other and are all present. A short window (up to 64 tokens)
@@ -45,7 +45,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import sass
-from benchmarks.compiled import ARCHITECTURES, Missing, architectures, compile_one, compiler, sources, tool
+from benchmarks.compiled import (
+    ARCHITECTURES,
+    Missing,
+    architectures,
+    compile_one,
+    compiler,
+    machine_code,
+    sources,
+    tool,
+)
 from benchmarks.compiled import run as run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,9 +177,8 @@ class Kernel(NamedTuple):
     parameters: tuple[tuple[int, int], ...]  # offset and number of bytes of each parameter, in order
 
 
-def _read_parameters(path: Path) -> dict[str, tuple[int, tuple[tuple[int, int], ...]]]:
+def _read_parameters(data: bytes) -> dict[str, tuple[int, tuple[tuple[int, int], ...]]]:
     """Map each kernel of a cubin to its parameters' start in the constant bank, and to their offsets and sizes."""
-    data = path.read_bytes()
     (table,) = struct.unpack_from("<Q", data, 40)
     count, names = struct.unpack_from("<HH", data, 60)
     sections = [struct.unpack_from("<IIQQQQIIQQ", data, table + 64 * i) for i in range(count)]
@@ -218,8 +226,12 @@ class Build:
             objects = list(pool.map(lambda path: compile_one(source, arch, path), [recorder, *wanted]))
         self.arch = arch
         self.kernels: dict[str, Kernel] = {}
+        # The object and the parameters of each kernel. A kernel is disassembled at its first launch.
+        self.found: dict[str, tuple[Path, int, tuple[tuple[int, int], ...]]] = {}
         for path in objects[1:]:
-            self._read(path)
+            for cubin in machine_code(path, arch):
+                for name, (base, parameters) in _read_parameters(cubin).items():
+                    self.found[name] = (path, base, parameters)
         # Launch functions defined in other instantiation files are never called, so any address will do. -Bsymbolic
         # keeps a CUDA runtime loaded by torch from replacing the recorder.
         with tempfile.TemporaryDirectory() as scratch:
@@ -233,15 +245,14 @@ class Build:
             self.library = ctypes.CDLL(str(library))
         self.library.workspace_bytes.restype = ctypes.c_int64
 
-    def _read(self, path: Path) -> None:
-        code = sass.parse(run_tool([tool("cuobjdump"), "-sass", path]))
-        usage = run_tool([tool("cuobjdump"), "--dump-resource-usage", path])
-        registers = {name: int(n) for name, n in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)}
-        with tempfile.TemporaryDirectory() as scratch:
-            run_tool([tool("cuobjdump"), "-xelf", "all", path], cwd=scratch)
-            for cubin in Path(scratch).iterdir():
-                for name, (base, parameters) in _read_parameters(cubin).items():
-                    self.kernels[name] = Kernel(sass.Program(code[name]), registers[name], base, parameters)
+    def kernel(self, name: str) -> Kernel:
+        if name not in self.kernels:
+            path, base, parameters = self.found[name]
+            dump = [tool("cuobjdump"), "-arch", self.arch, path, "-fun", name]
+            (code,) = sass.parse(run_tool([*dump, "-sass"])).values()
+            (registers,) = re.findall(r"REG:(\d+)", run_tool([*dump, "-res-usage"]))
+            self.kernels[name] = Kernel(sass.Program(code), int(registers), base, parameters)
+        return self.kernels[name]
 
 
 # --- The count -------------------------------------------------------------------------------------------------------
@@ -356,7 +367,7 @@ def run(
     launches: list[tuple[str, sass.Launch, int]] = []
 
     def report(name: bytes, grid: Any, block: Any, shared: int, arguments: Any) -> None:
-        kernel = build.kernels[name.decode()]
+        kernel = build.kernel(name.decode())
         end = max(offset + length for offset, length in kernel.parameters)
         constants = np.zeros(kernel.constant_base + end + 256, np.uint8)
         for at, sizes in zip(_SIZES_AT[build.arch], (block, grid), strict=True):
