@@ -32,6 +32,10 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 if not ON_GPU and OLD_TRITON and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
     pytest.skip("the interpreter of Triton 3.6 fails under NumPy 2.4 and newer", allow_module_level=True)
+if INTERPRETED:
+    from tests.support import triton_interpreter
+
+    triton_interpreter.make_faster()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
 
 
