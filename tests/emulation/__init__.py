@@ -60,13 +60,9 @@ _FLAGS = [
 _KERNEL_FLAGS = [
     "-fsanitize=alignment,bounds,shift,integer-divide-by-zero",
     "-fsanitize-undefined-trap-on-error",
-    "-include",
-    "twins.h",
 ]
 # Flags for sources that include torch.
 _BINDING_FLAGS = [
-    "-include",
-    "binding_twins.h",
     "-DSWINKERNELS_WITH_CUDA",
     "-DSWINKERNELS_WITHOUT_CPU",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
@@ -97,18 +93,24 @@ def _cpu() -> str:
         return platform.processor()
 
 
-def _included_by(source: Path) -> set[Path]:
-    """Return the files of this repository that ``source`` may include, directly or indirectly, on any include path."""
-    found: set[Path] = set()
+@functools.cache
+def _read(path: Path) -> tuple[bytes, tuple[Path, ...]]:
+    """Return the content of ``path``, and the files of this repository that it may include, on any include path."""
+    content = path.read_bytes()
+    names = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', content.decode(), re.MULTILINE)
+    folders = (path.parent, _HERE / "include", _CSRC)
+    found = ((folder / name).resolve() for name in names for folder in folders)
+    return content, tuple(included for included in found if included.is_file())
+
+
+def _with_included(source: Path) -> set[Path]:
+    """Return ``source`` and the files of this repository that it may include, directly or indirectly."""
+    found = {source}
     waiting = [source]
     while waiting:
-        path = waiting.pop()
-        for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE):
-            for folder in (path.parent, _HERE / "include", _CSRC):
-                included = (folder / name).resolve()
-                if included.is_file() and included not in found:
-                    found.add(included)
-                    waiting.append(included)
+        new = set(_read(waiting.pop())[1]) - found
+        found |= new
+        waiting += new
     return found
 
 
@@ -123,19 +125,30 @@ def build(name: str, sources: Sequence[Path]) -> Path:
     cache = Path(tempfile.gettempdir()) / f"swinkernels-emulation-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
 
+    def key(source: Path, *options: object) -> str:
+        digest = common.copy()
+        digest.update(repr(options).encode())
+        for path in sorted(_with_included(source)):
+            digest.update(str(path.relative_to(_HERE.parents[1])).encode() + b"\0" + _read(path)[0])
+        return digest.hexdigest()[:24]
+
     def compile_one(source: Path) -> Path:
         with_torch = _includes_torch(source)
-        twins = _HERE / "include" / ("binding_twins.h" if with_torch else "twins.h")
-        key = common.copy()
-        if with_torch:
-            key.update(repr((_BINDING_FLAGS, torch.__version__)).encode())
-        for path in sorted({source, twins, *_included_by(source), *_included_by(twins)}):
-            key.update(str(path.relative_to(_HERE.parents[1])).encode() + b"\0" + path.read_bytes())
-        out = cache / f"{source.stem}-{key.hexdigest()[:24]}.o"
         includes = [f"-I{_HERE / 'include'}", f"-I{_CSRC}"]
         extra = _KERNEL_FLAGS if source.suffix == ".cu" else []
+        options: list[object] = []
         if with_torch:
             extra = [*_BINDING_FLAGS, "-isystem", str(_TORCH / "include")]
+            options = [_BINDING_FLAGS, torch.__version__]
+        if extra:
+            twins = _HERE / "include" / ("binding_twins.h" if with_torch else "twins.h")
+            options.append(key(twins, *options))
+            # Precompile the header, which takes a second to parse. GCC looks for header.gch before header.
+            header = cache / f"{twins.stem}-{options[-1]}.h"
+            header.write_text(f"#include <{twins.name}>\n")
+            _make(header.with_suffix(".h.gch"), [cxx, *flags, *includes, *extra, "-x", "c++-header", str(header)])
+            includes = ["-include", str(header), *includes]
+        out = cache / f"{source.stem}-{key(source, *options)}.o"
         _make(out, [cxx, *flags, *includes, *extra, "-x", "c++", "-c", str(source)])
         return out
 
@@ -148,7 +161,7 @@ def build(name: str, sources: Sequence[Path]) -> Path:
 
 
 def _includes_torch(source: Path) -> bool:
-    return b"#include <torch/" in source.read_bytes()
+    return b"#include <torch/" in _read(source)[0]
 
 
 def bindings_folder() -> Path:
