@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,11 @@ def test_fault_applies_and_its_test_is_run_by_make_test(name: str) -> None:
     fault = FAULTS[name]
     assert fault.apply_to((ROOT / fault.file).read_text())
     file, _, test = fault.test.partition("::")
-    assert "long" not in marks_of(ROOT / file, test.partition("[")[0])
+    function, _, value = test.removesuffix("]").partition("[")
+    assert "long" not in marks_of(ROOT / file, function)
+    if file.startswith("tests/triton/"):
+        check = importlib.import_module(file.removesuffix(".py").replace("/", ".")).check
+        assert value in check.all.keys() - check.long
 
 
 @pytest.mark.parametrize("source", ["nothing of it", "a b a"], ids=["gone", "twice"])
