@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import traceback
 
@@ -59,6 +60,10 @@ def _rehearse(group: str) -> None:
     """Switch on Triton's interpreter for Triton groups, and emulated CUDA kernels if SWINKERNELS_OPS is set."""
     if "triton" in group:
         os.environ["TRITON_INTERPRET"] = "1"  # must be set before the package is imported
+        if importlib.util.find_spec("triton") is not None:
+            from tests.support import triton_interpreter
+
+            triton_interpreter.make_faster()
     import torch
 
     torch.set_num_threads(1)
