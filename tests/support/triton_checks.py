@@ -2,7 +2,7 @@
 
 Triton decides whether to interpret a kernel when the kernel is defined. Without a GPU, the checks therefore run in a
 child process with TRITON_INTERPRET=1. Each pytest-xdist worker has one child for all files, and sends it the names of
-the checks that the worker runs. The interpreter computes bfloat16 wrongly and takes about 10 ms per program, so
+the checks that the worker runs. The interpreter computes bfloat16 wrongly and takes milliseconds per program, so
 interpreted checks use float32 and float16 and small cases.
 """
 
