@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,9 @@ def process(rank: int, library: str, how: str, folder: str) -> None:
 def test_losses_of_two_processes_are_those_of_one(library, how, tmp_path):
     plain = copy.deepcopy(original(library)).train()
     one = train(plain, library)
-    mp.spawn(process, (library, how, str(tmp_path)), nprocs=PROCESSES)
+    # The processes are forked from a server that has imported this file once.
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(process, (library, how, str(tmp_path)), nprocs=PROCESSES, start_method="forkserver")
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
     assert one[-1] < 0.9 * one[0], one  # training works
     torch.testing.assert_close([sum(losses) / PROCESSES for losses in zip(*two, strict=True)], one, rtol=1e-4, atol=0)
