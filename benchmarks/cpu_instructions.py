@@ -1,4 +1,4 @@
-"""Count the instructions of the CPU kernels of window attention, from the object files of the last build.
+"""Count the instructions of the CPU kernels, from the object files of the last build.
 
 ``python -m benchmarks.cpu_instructions`` prints the counts; ``python -m benchmarks compare`` compares them with
 ``results/cpu_instructions.csv``. Unlike times, counts are the same in every run, even on a busy machine.
@@ -25,7 +25,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks import compare
 
@@ -48,8 +48,9 @@ class Missing(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The arguments of a kernel call on a small map."""
+    """The arguments of window attention on a small map."""
 
+    KERNEL: ClassVar[str] = "window_attention"
     name: str
     size: tuple[int, int, int]
     window: tuple[int, int, int]
@@ -68,6 +69,24 @@ class Case:
         return ",".join(map(str, (*first, *self.size, *self.window, *self.shift, self.heads, self.head_dim, *flags)))
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearCase:
+    """The arguments of a Linear layer or, with hidden channels, of an MLP, in float32 with a residual connection."""
+
+    KERNEL: ClassVar[str] = "linear"
+    name: str
+    rows: int
+    in_features: int
+    out_features: int
+    hidden: int = 0
+    activation: str = "none"
+
+    def numbers(self, direction: str, dtype: str) -> str:
+        """Return the fields of the struct ``LinearCall`` in cpu_kernels.cpp as numbers separated by commas."""
+        activation = ("none", "gelu", "tanh").index(self.activation)
+        return ",".join(map(str, (2, self.rows, self.in_features, self.hidden, self.out_features, activation)))
+
+
 CASES = [
     Case("swin 7x7", (1, 14, 14), (1, 7, 7)),
     Case("swin 7x7 shifted", (1, 14, 14), (1, 7, 7), (0, 3, 3), has_all_dtypes=True),
@@ -80,6 +99,14 @@ CASES = [
     Case("4x4 of 64", (1, 8, 8), (1, 4, 4), head_dim=64),
     Case("odd 5x3 of 10", (1, 10, 6), (1, 5, 3), (0, 2, 1), head_dim=10),
     Case("1x1", (1, 8, 8), (1, 1, 1), bias="none"),
+]
+LINEAR_CASES = [
+    LinearCase("qkv of 49", 49, 96, 288),
+    LinearCase("fc1 of 49", 49, 192, 768, activation="gelu"),
+    LinearCase("fc2 of 200", 200, 384, 96),
+    LinearCase("odd", 37, 75, 101, activation="tanh"),
+    LinearCase("mlp of 150", 150, 96, 96, hidden=384, activation="gelu"),
+    LinearCase("mlp of 49", 49, 384, 384, hidden=1536, activation="tanh"),
 ]
 
 
@@ -154,7 +181,7 @@ def own_costs(dump: str) -> Counter[str]:
     return costs
 
 
-def count_avx2(of: Sequence[Path], calls: Sequence[tuple[str, Case, str]]) -> Iterator[Counter[str]]:
+def count_avx2(of: Sequence[Path], calls: Sequence[tuple[str, Case | LinearCase, str]]) -> Iterator[Counter[str]]:
     """Yield the instruction counts by function, for each (direction, case, dtype) of ``calls``."""
     valgrind = _tool("valgrind")
     with tempfile.TemporaryDirectory(prefix="swinkernels-") as folder:
@@ -231,26 +258,30 @@ def count(arch: str) -> list[dict[str, Any]]:
     if os.uname().machine != "x86_64":
         raise Missing(f"{arch} kernels exist only for x86_64, and this machine is {os.uname().machine}")
     found = objects()
-    path = OBJECTS / f"window_attention_{arch}.o"
-    of = compiler(path)
+    of = compiler(OBJECTS / f"window_attention_{arch}.o")
     if arch == "avx512":
-        loops = count_loops(path).items()
+        loops = {
+            prefix + name: sizes
+            for prefix, stem in (("", "window_attention"), ("linear ", "linear"))
+            for name, sizes in count_loops(OBJECTS / f"{stem}_{arch}.o").items()
+        }
         return [
             _row(arch, name, case, Counter({name: number}), of)
-            for name, sizes in loops
+            for name, sizes in loops.items()
             for case, number in {
                 "number of innermost loops": len(sizes),
                 **{f"innermost loop {i} of {len(sizes)}, longest first": n for i, n in enumerate(sizes, 1)},
             }.items()
         ]
-    calls = [
+    calls: list[tuple[str, Case | LinearCase, str]] = [
         (direction, case, dtype)
         for case in CASES
         for direction in ("forward", "backward")
         for dtype in (DTYPES if case.has_all_dtypes else ("float32",))
     ]
+    calls += [("forward", case, "float32") for case in LINEAR_CASES]
     return [
-        _row(arch, f"window_attention {direction}", f"{case.name} {dtype}", costs, of)
+        _row(arch, f"{case.KERNEL} {direction}", f"{case.name} {dtype}", costs, of)
         for (direction, case, dtype), costs in zip(calls, count_avx2(found, calls), strict=True)
     ]
 

@@ -1,5 +1,5 @@
-// Calls the CPU kernels of window attention without torch, so that valgrind's callgrind can count their instructions.
-// Each command-line argument describes one call: the fields of Call, separated by commas. Each call is made twice, the
+// Calls the CPU kernels without torch, so that valgrind's callgrind can count their instructions. Each command-line
+// argument describes one call: the fields of Call or of LinearCall, separated by commas. Each call is made twice, the
 // second time between measured_begin and measured_end; callgrind resets its counts at the former and writes them at the
 // latter (see cpu_instructions.py).
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "params/linear_cpu.h"
 #include "params/window_attention_cpu.h"
 
 extern "C" {
@@ -20,8 +21,15 @@ namespace {
 
 enum Bias { kNoBias, kTable, kDense };
 
+enum Pass { kForward, kBackward, kLinear };
+
 struct Call {
-  int32_t backward, dtype, batch, size[3], window[3], shift[3], heads, head_dim, bias, cosine;
+  int32_t pass, dtype, batch, size[3], window[3], shift[3], heads, head_dim, bias, cosine;
+};
+
+// A Linear layer or, with hidden channels, an MLP, each with a residual connection; activation is a cpu::Activation.
+struct LinearCall {
+  int32_t pass, rows, in_features, hidden, out_features, activation;
 };
 
 // Generates pseudo-random numbers in [-1, 1), the same in every run.
@@ -70,6 +78,36 @@ Map map_of(const Call& call, Data* data, int64_t width) {
   map.batch_stride = stride;
   map.head_stride = call.head_dim;
   return map;
+}
+
+void one_thread(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, tasks); }
+
+template <class MakeCall>
+void measure(MakeCall make_call) {
+  make_call();  // the first call may allocate memory
+  measured_begin();
+  make_call();
+  measured_end();
+}
+
+void run(const LinearCall& call) {
+  Numbers numbers;
+  const int64_t rows = call.rows, in = call.in_features, hidden = call.hidden, out = call.out_features;
+  const auto activation = static_cast<cpu::Activation>(call.activation);
+  const std::vector<float> x = numbers.floats(rows * in), residual = numbers.floats(rows * out);
+  const std::vector<float> first = numbers.floats((hidden > 0 ? hidden : out) * in),
+                           second = numbers.floats(out * hidden);
+  const std::vector<float> bias = numbers.floats(hidden + out);
+  std::vector<float> y(residual.size());
+  if (hidden == 0) {
+    const cpu::LinearLayer layer{first.data(), bias.data(), in, out, in};
+    const cpu::LinearParams p{x.data(), residual.data(), y.data(), rows, in, layer, activation};
+    return measure([&] { cpu::linear_forward(p, one_thread); });
+  }
+  const cpu::LinearLayer fc1{first.data(), bias.data(), in, hidden, in},
+      fc2{second.data(), bias.data(), hidden, out, hidden};
+  const cpu::MlpParams p{x.data(), residual.data(), y.data(), rows, in, fc1, fc2, activation};
+  measure([&] { cpu::mlp_forward(p, one_thread); });
 }
 
 void run(const Call& call) {
@@ -124,18 +162,16 @@ void run(const Call& call) {
   std::vector<char> workspace(static_cast<std::size_t>(cpu::window_attention_backward_workspace_bytes(params)));
   params.workspace = workspace.data();
 
-  const cpu::ParallelFor one_thread = [](int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
-    body(context, 0, tasks);
-  };
-  const auto make_call = [&] {
-    call.backward != 0 ? cpu::window_attention_backward(params, one_thread)
-                       : cpu::window_attention_forward(p, one_thread);
-  };
-  if (call.backward != 0) cpu::window_attention_forward(p, one_thread);
-  make_call();  // the first call may allocate memory
-  measured_begin();
-  make_call();
-  measured_end();
+  if (call.pass == kForward) return measure([&] { cpu::window_attention_forward(p, one_thread); });
+  cpu::window_attention_forward(p, one_thread);  // computes lse
+  measure([&] { cpu::window_attention_backward(params, one_thread); });
+}
+
+template <class Call>
+void run_as(const int32_t* numbers) {
+  Call call;
+  std::memcpy(&call, numbers, sizeof call);
+  run(call);
 }
 
 }  // namespace
@@ -150,9 +186,8 @@ int main(int count, char** arguments) {
       number = static_cast<int32_t>(std::strtol(next, &next, 10));
       if (*next == ',') ++next;
     }
-    swinkernels::Call call;
-    std::memcpy(&call, numbers, sizeof call);
-    swinkernels::run(call);
+    numbers[0] == swinkernels::kLinear ? swinkernels::run_as<swinkernels::LinearCall>(numbers)
+                                       : swinkernels::run_as<swinkernels::Call>(numbers);
   }
   return 0;
 }

@@ -82,6 +82,14 @@ void mlp_half(Library& m) {
       "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, float eps, bool post, bool tanh) -> Tensor");
 }
 
+template <class Library>
+void linear(Library& m) {
+  m.def("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str gelu) -> Tensor");
+  m.def(
+      "fused_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+      "Tensor? residual, str gelu) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY(SWINKERNELS_NAMESPACE, m) {
   m.def("build_info() -> str");
   m.def("cpu_instruction_set() -> str");
@@ -92,6 +100,7 @@ STABLE_TORCH_LIBRARY(SWINKERNELS_NAMESPACE, m) {
   layer_norm(m);
   residual_layer_norm(m);
   mlp_half(m);
+  linear(m);
 }
 
 }  // namespace

@@ -1,14 +1,19 @@
-"""Runs a Linear layer with its bias, GELU or residual connection in one pass on a CPU, with torch's oneDNN.
+"""Runs a Linear layer with its bias, GELU or residual connection in one pass on a CPU.
 
 F.linear on a CPU writes the bias into the result before the product, and GELU and the sum are separate passes, so the
-result is traversed three or four times, in as many parallel regions. oneDNN applies bias, GELU and sum to each tile
-while the tile is still in registers, in float32, and rounds once.
+result is traversed three or four times, in as many parallel regions. torch's oneDNN applies bias, GELU and sum to each
+tile while the tile is still in registers, in float32, and rounds once.
+
+On a CPU with AVX2 and without AVX-512, the ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` take the
+place of oneDNN in float32 (csrc/kernels/cpu/linear.inl). They have no derivative.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +21,34 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from swinkernels.ops._library import any_requires_grad, is_plain, linear_dtype
+from swinkernels import _extension
+from swinkernels.ops._library import any_requires_grad, define, is_plain, linear_dtype, register
 from swinkernels.ops.fallback import add
+
+define("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str gelu) -> Tensor")
+define(
+    "fused_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? residual, "
+    "str gelu) -> Tensor"
+)
+
+
+def _register(name: str, last_weight: int) -> Callable[..., Tensor]:
+    """Register an op whose tensor ``last_weight`` is the weight of its last Linear layer."""
+
+    def fake(*arguments):
+        x, weight = arguments[0], arguments[last_weight]
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    def refuse(*_):
+        raise NotImplementedError(f"{name} has no derivative: call it under torch.no_grad(), or use torch's functions")
+
+    return register(name, fake, lambda ctx, tensors, others, output: None, refuse)
+
+
+_fused_linear = _register("fused_linear", 1)
+_fused_mlp = _register("fused_mlp", 3)
+
+Layer = tuple[Tensor, Tensor | None]  # the weight and the bias of a Linear layer
 
 _LOW = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
@@ -37,6 +68,12 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
     return None if getattr(torch.ops.mkldnn, _LOW[dtype])() else f"oneDNN has no {dtype} product on this CPU"
 
 
+@functools.cache
+def _has_kernels() -> bool:
+    """Return True if the extension's kernels take the place of oneDNN in float32: only where that has been measured."""
+    return _extension.error is None and _extension.ops.cpu_instruction_set() == "avx2"
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: str | None = None, residual: Tensor | None = None
 ) -> Tensor:
@@ -45,11 +82,17 @@ def linear(
     ``x``, ``weight`` and ``bias`` have the same dtype; the sum has the residual's dtype. If no fused function applies,
     torch's separate functions run.
     """
-    if x.device.type == "cpu" and _is_fused(x, weight, bias):
-        if residual is not None and _can_be_added(residual, x, weight):
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-        attribute, form = ("none", "none") if gelu is None else ("gelu", gelu)
-        y = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], form)
+    if x.device.type == "cpu" and _is_fused(x, (weight, bias)):
+        added = residual if residual is not None and _can_be_added(residual, x, weight) else None
+        if x.dtype == torch.float32 and _has_kernels():
+            y = _fused_linear(x, weight, bias, added, gelu or "")
+        elif added is not None:
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
+        else:
+            attribute, form = ("none", "none") if gelu is None else ("gelu", gelu)
+            y = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], form)
+        if added is not None:
+            return y
     else:
         y = F.linear(x, weight, bias)
         y = y if gelu is None else F.gelu(y, approximate=gelu)
@@ -58,19 +101,21 @@ def linear(
 
 def mlp(
     x: Tensor,
-    fc1: tuple[Tensor, Tensor | None],
-    fc2: tuple[Tensor, Tensor | None],
+    fc1: Layer,
+    fc2: Layer,
     *,
     gelu: str,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return fc2(GELU(fc1(x))), plus ``residual`` if given; ``fc1`` and ``fc2`` are pairs of weight and bias.
+    """Return fc2(GELU(fc1(x))), plus ``residual`` if given.
 
     A large GELU result is never whole in memory: its rows are computed and used piece by piece.
     """
     width, rows = fc1[0].shape[0], x.numel() // max(x.shape[-1], 1)
+    if rows >= _ROWS_PER_THREAD * torch.get_num_threads() and _is_one_op(x, fc1, fc2, residual):
+        return _fused_mlp(x, *fc1, *fc2, residual, gelu)
     is_broadcast = residual is not None and residual.shape != (*x.shape[:-1], fc2[0].shape[0])
-    if rows * width * x.element_size() <= _LARGE or is_broadcast or x.device.type != "cpu" or not _is_fused(x, *fc1):
+    if rows * width * x.element_size() <= _LARGE or is_broadcast or x.device.type != "cpu" or not _is_fused(x, fc1):
         return linear(linear(x, *fc1, gelu=gelu), *fc2, residual=residual)
     of_x = x.reshape(rows, x.shape[-1])
     of_residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
@@ -83,6 +128,9 @@ def mlp(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+# fused_mlp divides its rows into blocks of at most 128 rows, and reads all weights for each. A single Linear layer's
+# columns are divided, too, so with few rows it uses the threads better.
+_ROWS_PER_THREAD = 256
 # glibc returns blocks of more than 32 MiB to the system when they are freed, so every call would have to map their
 # pages again. Pieces of 8 MiB are reused, and fit into most processors' last-level caches.
 _LARGE, _PIECE = 32 << 20, 8 << 20
@@ -118,20 +166,37 @@ def _is_intercepted() -> bool:
     return modes > 0 and not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    tensors = (x, weight, bias)
+def _is_fused(x: Tensor, *layers: Layer) -> bool:
+    """Return True if Linear layers, of which the first has the input ``x``, can be computed by fused functions."""
+    tensors = (x, *(t for layer in layers for t in layer))
     return (
         is_plain(tensors)
-        and weight.dim() == 2
-        and _is_large(x, weight)  # usually False in small models
+        and layers[0][0].dim() == 2
+        and _is_large(x, layers[0][0])  # usually False in small models
         and not any_requires_grad(tensors)
         and _is_available(x.dtype)
         and not torch.jit.is_tracing()
         and _PLACE.issuperset((t.layout, t.device) for t in tensors if t is not None)
-        and linear_dtype(x) == weight.dtype == x.dtype
-        # oneDNN reads every bias as if it were contiguous (torch 2.14).
-        and (bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
-        and x.shape[-1] == weight.shape[1]
+        and linear_dtype(x) == x.dtype
+        and all(_is_layer(weight, bias, x.dtype) for weight, bias in layers)
+        and all(one.shape[0] == other.shape[1] for (one, _), (other, _) in itertools.pairwise(layers))
+        and x.shape[-1] == layers[0][0].shape[1]
+    )
+
+
+def _is_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    # oneDNN reads every bias as if it were contiguous (torch 2.14).
+    is_bias = bias is None or (bias.is_contiguous() and bias.dtype == dtype and bias.shape == weight.shape[:1])
+    return weight.dim() == 2 and weight.dtype == dtype and is_bias
+
+
+def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None) -> bool:
+    return (
+        x.dtype == torch.float32
+        and _has_kernels()
+        and x.device.type == "cpu"
+        and _is_fused(x, fc1, fc2)
+        and (residual is None or _can_be_added(residual, x, fc2[0]))
     )
 
 

@@ -6,6 +6,8 @@ from tests.faults import Fault
 
 _KERNEL = "csrc/kernels/cpu/window_attention.inl"
 _TESTS = "tests/cpu/test_window_attention.py::"
+_LINEAR = "csrc/kernels/cpu/linear.inl"
+_LINEAR_TESTS = "tests/cpu/test_linear.py::"
 _FORMS = "tests/ops/test_axis_tables_and_key_windows.py::test_the_cpu_kernels"
 
 FAULTS = {
@@ -80,5 +82,35 @@ FAULTS = {
         "if (*x && !(*x)->is_contiguous()) *x =",
         "if (*x && (*x)->is_contiguous()) *x =",
         _TESTS + "test_strides",
+    ),
+    "cpu-linear-rows-of-the-last-vector": Fault(
+        _LINEAR,
+        "smaller(v + r, rows - 1)",
+        "smaller(r, rows - 1)",
+        _LINEAR_TESTS + "test_linear",
+    ),
+    "cpu-linear-first-slice-of-the-depth": Fault(
+        _LINEAR,
+        "y, c, d > 0);",
+        "y, c, false);",
+        _LINEAR_TESTS + "test_linear",
+    ),
+    "cpu-linear-block-packed-once": Fault(
+        _LINEAR,
+        "if (block.first != packed) {",
+        "if (packed < 0) {",
+        _LINEAR_TESTS + "test_large",
+    ),
+    "cpu-mlp-hidden-bias-of-the-first-channels": Fault(
+        _LINEAR,
+        "activate_all<kActivation>(p.fc1, h, depth",
+        "activate_all<kActivation>(p.fc1, 0, depth",
+        _LINEAR_TESTS + "test_mlp",
+    ),
+    "cpu-gelu-of-negative-numbers": Fault(
+        _LINEAR,
+        "(x < Vec{} ? Vec{} : x) - a * exp(-p)",
+        "x - a * exp(-p)",
+        _LINEAR_TESTS + "test_gelu",
     ),
 }

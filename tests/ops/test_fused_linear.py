@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import swinkernels
+from swinkernels import _extension
 from swinkernels.ops import _fused_linear
 from swinkernels.testing import assert_within_budget
 from tests.support.fused_products import fused_calls
@@ -31,6 +32,15 @@ def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Te
     return x.to(dtype), (weight / IN**0.5).to(dtype), bias.to(dtype), residual.to(dtype)
 
 
+@pytest.fixture(params=["onednn", "kernels"])
+def either(request, monkeypatch) -> str:
+    """Run a test once with oneDNN and once with the extension's kernels, whichever this machine prefers."""
+    if request.param == "kernels" and _extension.error is not None:
+        pytest.skip(_extension.error)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: request.param == "kernels")
+    return request.param
+
+
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, residual: Tensor | None) -> Tensor:
     y = F.linear(x, weight, bias)
     y = y if gelu is None else F.gelu(y, approximate=gelu)
@@ -40,21 +50,23 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, resi
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "none"])
 @pytest.mark.parametrize(("gelu", "is_added"), [(None, False), ("none", False), ("tanh", False), (None, True)])
-def test_results(gelu, is_added, has_bias, dtype):
+def test_results(gelu, is_added, has_bias, dtype, either):
     need_fused(dtype)
+    if either == "kernels" and dtype != torch.float32:
+        pytest.skip("the kernels are for float32")
     x, weight, bias, residual = draw(dtype)
     given = (x, weight, bias if has_bias else None, gelu, residual if is_added else None)
     before = residual.clone()
     with fused_calls() as called:
         y = _fused_linear.linear(*given[:3], gelu=gelu, residual=given[4])
-    assert len(called) == 1
+    assert called == ["swinkernels::fused_linear" if either == "kernels" else "mkldnn::_linear_pointwise"]
     assert y.dtype == dtype
     torch.testing.assert_close(residual, before, rtol=0, atol=0)
     exact = plain(*(t.double() if isinstance(t, Tensor) else t for t in given))
     assert_within_budget(y, exact, lambda: plain(*(t.float() if isinstance(t, Tensor) else t for t in given)))
 
 
-def test_other_strides():
+def test_other_strides(either):
     """Any tensor may be strided. oneDNN itself would read a strided bias as if it were contiguous."""
     need_fused(torch.float32)
     x, weight, bias, residual = draw()
@@ -141,8 +153,34 @@ def test_float32_is_float32_until_torch_is_told_otherwise():
     assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # both use oneDNN's bfloat16 products, or neither does
 
 
-def test_a_halfs_products_on_a_cpu():
-    """In inference, mlp_half makes one fused call for fc1 with GELU and one for fc2 with the residual connection."""
+@pytest.mark.parametrize("is_added", [True, False])
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_mlp_in_one_op(monkeypatch, gelu, is_added):
+    """With the extension's kernels, an MLP of many rows is one op; with few rows it is two."""
+    need_fused(torch.float32)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: _extension.error is None)
+    if _extension.error is not None:
+        pytest.skip(_extension.error)
+    x, fc1, bias, _ = draw()
+    generator = torch.Generator().manual_seed(2)
+    fc2, residual = (torch.randn(s, generator=generator) for s in ((IN, OUT), (*ROWS, IN)))
+    tensors = (x, fc1, bias, fc2 / OUT**0.5, residual if is_added else None)
+
+    def composed(*tensors: Tensor | None) -> Tensor:
+        x, fc1, bias, fc2, residual = tensors
+        return plain(plain(x, fc1, bias, gelu, None), fc2, None, None, residual)
+
+    for rows, expected in ((0, ["swinkernels::fused_mlp"] * 2), (1 << 40, ["swinkernels::fused_linear"] * 2)):
+        monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", rows)
+        with fused_calls() as called:
+            y = _fused_linear.mlp(x, (fc1, bias), (tensors[3], None), gelu=gelu, residual=tensors[4])
+        assert called == expected
+        exact = composed(*(t if t is None else t.double() for t in tensors))
+        assert_within_budget(y, exact, lambda: composed(*tensors))
+
+
+def test_a_halfs_products_on_a_cpu(either):
+    """In inference, mlp_half fuses fc1 with GELU, and fc2 with the residual connection."""
     need_fused(torch.float32)
     generator = torch.Generator().manual_seed(1)
     c = 32
@@ -160,6 +198,7 @@ def test_a_halfs_products_on_a_cpu():
 def test_mlp_piece_by_piece(monkeypatch, is_added, dtype):
     """A large hidden layer is computed in pieces of rows, the last of which is smaller."""
     need_fused(dtype)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: False)
     x, fc1, bias, _ = draw(dtype)
     generator = torch.Generator().manual_seed(2)
     fc2 = (torch.randn(IN, OUT, generator=generator) / OUT**0.5).to(dtype)

@@ -21,11 +21,13 @@ def _fuses(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def fused_calls() -> Iterator[list[str]]:
-    """Collect the function name of each call to oneDNN's fused functions inside the context."""
+    """Collect the op's name for each product that a fused op computes inside the context; an MLP has two products."""
     names: list[str] = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield names
-    names += [event.name for event in profile.events() if event.name.startswith("mkldnn::_linear_pointwise")]
+    products = {"mkldnn::_linear_pointwise": 1, "swinkernels::fused_linear": 1, "swinkernels::fused_mlp": 2}
+    for event in profile.events():
+        names += [event.name] * products.get(event.name, 0)
 
 
 @contextlib.contextmanager

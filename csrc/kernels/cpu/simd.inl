@@ -253,7 +253,8 @@ void transpose(const float* from, int64_t rows, int64_t columns, int64_t ld_from
 }
 
 // to (columns, ld_to) = the transpose of from (rows, ld_from), for any numbers of rows and columns.
-void transpose_any(const float* from, int64_t rows, int64_t columns, int64_t ld_from, float* to, int64_t ld_to) {
+[[maybe_unused]] void transpose_any(const float* from, int64_t rows, int64_t columns, int64_t ld_from, float* to,
+                                    int64_t ld_to) {
   const int64_t whole_rows = rows / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
   transpose(from, whole_rows, whole_columns, ld_from, 1.0f, to, ld_to);
   for (int64_t i = 0; i < rows; ++i) {

@@ -1,77 +1,27 @@
-// The CPU backend of window attention. Chooses the kernels for the best instruction set of this machine, and divides
-// the work into tasks.
+// The CPU backend of window attention. Chooses the kernels for this machine's instruction set, and divides the work into
+// tasks.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
+#include "machine.h"
 #include "params/window_attention_cpu.h"
 #include "window_attention_kernels.h"
 
 namespace swinkernels::cpu {
 namespace {
 
-// The supported kernels, best first.
-std::vector<const WindowAttentionKernels*> supported_kernels() {
-  std::vector<const WindowAttentionKernels*> kernels;
-#ifdef __x86_64__
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    kernels.push_back(&kAvx512Kernels);
-  }
-  if (avx2) kernels.push_back(&kAvx2Kernels);
-#endif
-  kernels.push_back(&kBaselineKernels);
-  return kernels;
-}
-
-const WindowAttentionKernels& choose_kernels() {
-  const auto supported = supported_kernels();
-  const char* asked = std::getenv("SWINKERNELS_CPU_ISA");
-  if (asked == nullptr || *asked == '\0') return *supported.front();
-  std::string names;
-  for (const WindowAttentionKernels* kernels : supported) {
-    if (std::string(asked) == kernels->instruction_set) return *kernels;
-    names += (names.empty() ? "" : ", ") + std::string(kernels->instruction_set);
-  }
-  throw std::invalid_argument("SWINKERNELS_CPU_ISA must be an instruction set that this machine supports (" + names +
-                              "), got " + asked);
-}
-
 const WindowAttentionKernels& kernels() {
-  static const WindowAttentionKernels& chosen = choose_kernels();
-  return chosen;
-}
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-// Returns scratch memory, which each thread keeps between calls. On a small map, page faults of newly allocated memory
-// would take longer than the computation.
-void* scratch(int64_t bytes) {
-  thread_local std::unique_ptr<void, AlignedDelete> memory;
-  thread_local int64_t capacity = 0;
-  if (capacity < bytes) {
-    memory.reset();
-    capacity = 0;
-    memory.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64}));
-    capacity = bytes;
+  switch (chosen_instruction_set()) {
+#ifdef __x86_64__
+    case InstructionSet::kAvx512:
+      return kAvx512Kernels;
+    case InstructionSet::kAvx2:
+      return kAvx2Kernels;
+#endif
+    default:
+      return kBaselineKernels;
   }
-  return memory.get();
-}
-
-// Calls body(begin, end) in parallel for ranges that together cover [0, tasks).
-template <class Body>
-void run(ParallelFor parallel_for, int64_t tasks, Body body) {
-  parallel_for(
-      tasks, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
 }
 
 int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
@@ -166,8 +116,6 @@ float score_factor(const WindowAttentionForwardParams& p, int64_t head) {
   const double logit_scale = p.logit_scale[head];
   return static_cast<float>(std::exp(logit_scale > kMaxLogitScale ? kMaxLogitScale : logit_scale));  // NaN stays NaN
 }
-
-const char* instruction_set() { return kernels().instruction_set; }
 
 void window_attention_forward(const WindowAttentionForwardParams& p, ParallelFor parallel_for) {
   const int64_t tasks = p.batch * product(p.geometry.num_windows) * p.num_heads;

@@ -15,7 +15,7 @@
 //           to whole vectors, and one exp per score in either pass. In windows of more than about 30 tokens, the
 //           kernels are bound by arithmetic, not by memory. v2 adds work per row, not per score: about 7 % at window 8
 //           and head_dim 32.
-#include "simd.inl"
+#include "arena.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
@@ -27,36 +27,7 @@ constexpr int64_t kMaxBiasCacheBytes = 1 << 20;
 // Sums over keys are split into partial sums over this many keys, which limits the growth of rounding errors.
 constexpr int64_t kSummedKeys = 16;
 
-SWINKERNELS_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-SWINKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SWINKERNELS_INLINE int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
-
-// Allocates pieces of the scratch memory; with a null base, only counts the bytes. Under AddressSanitizer, the gaps
-// between the pieces are poisoned.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-    int64_t room = round_up(bytes, 64);
-#ifdef __SANITIZE_ADDRESS__
-    room += 64;
-    if (piece != nullptr) {
-      ASAN_UNPOISON_MEMORY_REGION(base_ + bytes_, bytes);
-      ASAN_POISON_MEMORY_REGION(base_ + bytes_ + bytes, room - bytes);
-    }
-#endif
-    bytes_ += room;
-    return piece;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  int64_t bytes_ = 0;
-};
 
 // Sizes derived from the parameters.
 struct Sizes {
@@ -830,13 +801,8 @@ int64_t backward_scratch_bytes(const WindowAttentionBackwardParams& params) {
 
 namespace swinkernels::cpu {
 
-#define SWINKERNELS_STRING_OF(x) #x
-#define SWINKERNELS_STRING(x) SWINKERNELS_STRING_OF(x)
-const WindowAttentionKernels SWINKERNELS_KERNELS = {SWINKERNELS_STRING(SWINKERNELS_ISA),
-                                                    SWINKERNELS_ISA::forward_scratch_bytes,
-                                                    SWINKERNELS_ISA::backward_scratch_bytes,
-                                                    SWINKERNELS_ISA::forward,
-                                                    SWINKERNELS_ISA::backward,
-                                                    SWINKERNELS_ISA::sum_key_gradients};
+const WindowAttentionKernels SWINKERNELS_KERNELS = {SWINKERNELS_ISA::forward_scratch_bytes,
+                                                    SWINKERNELS_ISA::backward_scratch_bytes, SWINKERNELS_ISA::forward,
+                                                    SWINKERNELS_ISA::backward, SWINKERNELS_ISA::sum_key_gradients};
 
 }  // namespace swinkernels::cpu

@@ -5,15 +5,6 @@
 
 #include "params/window_attention_cpu.h"
 
-#ifdef __has_feature
-#if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__
-#endif
-#endif
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#endif
-
 namespace swinkernels::cpu {
 
 // Returns the factor of a head's q k^T: the scale or, in v2, exp(min(logit_scale, ln 100)).
@@ -39,7 +30,6 @@ struct BackwardPartition {
 };
 
 struct WindowAttentionKernels {
-  const char* instruction_set;
   // Return the number of bytes of scratch memory for one call of forward or backward. The memory must be 64-byte
   // aligned.
   int64_t (*forward_scratch_bytes)(const WindowAttentionForwardParams&);

@@ -1,0 +1,99 @@
+// The bindings of Linear layers on a CPU, on torch's stable ABI. swinkernels/ops checks the arguments; the checks here
+// guard the kernels' assumptions.
+#include "params/linear_cpu.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "build_facts.h"  // SWINKERNELS_NAMESPACE
+#include "checks.h"
+
+namespace swinkernels {
+namespace {
+
+void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+cpu::Activation activation_of(const std::string& gelu) {
+  if (gelu.empty()) return cpu::Activation::kNone;
+  STD_TORCH_CHECK(gelu == "none" || gelu == "tanh", "swinkernels: gelu must be \"none\" or \"tanh\"");
+  return gelu == "tanh" ? cpu::Activation::kGeluTanh : cpu::Activation::kGelu;
+}
+
+const float* data(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "swinkernels: the kernels of Linear layers need float32");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+// Replaces the weight and the bias by copies if the kernels cannot read them in place.
+cpu::LinearLayer layer_of(Tensor& weight, OptionalTensor& bias, int64_t in_features) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in_features,
+                  "swinkernels: a weight must have as many columns as its input");
+  if (weight.stride(1) != 1) weight = torch::stable::contiguous(weight);
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0),
+                    "swinkernels: a bias must have one value for each row of its weight");
+    if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
+  }
+  return {data(weight), bias ? data(*bias) : nullptr, in_features, weight.size(0), weight.stride(0)};
+}
+
+// The input, the residual and the output of a call, as the kernels read and write them.
+struct Rows {
+  Tensor x, out;
+  OptionalTensor residual;
+
+  Rows(Tensor given, OptionalTensor added, int64_t out_features) : x(std::move(given)), residual(std::move(added)) {
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    std::vector<int64_t> shape = sizes(x, x.dim() - 1);
+    shape.push_back(out_features);
+    if (residual) {
+      STD_TORCH_CHECK(sizes(*residual, residual->dim()) == shape, "swinkernels: residual must have the result's shape");
+      if (!residual->is_contiguous()) residual = torch::stable::contiguous(*residual);
+    }
+    out = new_empty(x, shape);
+  }
+
+  template <class Params>
+  void fill(Params& p) {
+    p.x = data(x);
+    p.residual = residual ? data(*residual) : nullptr;
+    p.out = static_cast<float*>(out.mutable_data_ptr());
+    p.x_stride = x.size(x.dim() - 1);
+    p.rows = out.numel() == 0 ? 0 : out.numel() / out.size(out.dim() - 1);
+  }
+};
+
+Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, std::string gelu) {
+  cpu::LinearParams p{};
+  p.layer = layer_of(weight, bias, x.size(x.dim() - 1));
+  p.activation = activation_of(gelu);
+  Rows rows(std::move(x), std::move(residual), p.layer.out_features);
+  rows.fill(p);
+  if (p.rows > 0) cpu::linear_forward(p, parallel_for);
+  return rows.out;
+}
+
+Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc2_weight, OptionalTensor fc2_bias,
+                 OptionalTensor residual, std::string gelu) {
+  cpu::MlpParams p{};
+  p.fc1 = layer_of(fc1_weight, fc1_bias, x.size(x.dim() - 1));
+  p.fc2 = layer_of(fc2_weight, fc2_bias, p.fc1.out_features);
+  p.activation = activation_of(gelu);
+  Rows rows(std::move(x), std::move(residual), p.fc2.out_features);
+  rows.fill(p);
+  if (p.rows > 0) cpu::mlp_forward(p, parallel_for);
+  return rows.out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, CPU, m) {
+  m.impl("fused_linear", TORCH_BOX(&fused_linear));
+  m.impl("fused_mlp", TORCH_BOX(&fused_mlp));
+}
+
+}  // namespace
+}  // namespace swinkernels

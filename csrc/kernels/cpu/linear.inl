@@ -1,0 +1,352 @@
+// Linear layers in float32, and MLPs of two with GELU between them, for one instruction set; see simd.inl for how this
+// is compiled.
+//
+// Layout    A panel is up to kPanelRows rows of a map, transposed, so that each vector holds one channel of kLanes rows.
+//           A product multiplies vectors of the panel of x by single elements of the weight and yields a panel of the
+//           result: a weight is read where it lies and needs no other layout. In an MLP the panel of fc1's result is
+//           the one that fc2 reads. Only x and the final result are transposed, kLanes rows and channels at a time.
+// Tiling    The rows are divided into blocks, whose panels share each slice of the weight, kColumns by kDepth, while the
+//           slice is in L2 and a panel's part of kDepth channels in L1. An MLP computes kHidden hidden channels of a
+//           block at a time, so that its hidden layer is never written to memory. If there are few blocks, a Linear
+//           layer's columns are divided into tasks too.
+// Work      One multiplication and addition for each row and element of the weights, with the rows rounded up to whole
+//           vectors; 0.4 instructions per element of x and of the result for the transposes, and 4 per element of a GELU
+//           (with 8 lanes).
+#include "arena.inl"
+
+namespace swinkernels::cpu::SWINKERNELS_ISA {
+namespace {
+
+constexpr int64_t kPanelRows = kTileVectors * kLanes;
+constexpr int64_t kMaxBlockRows = 128;
+constexpr int64_t kColumns = 48;  // a multiple of the tiles' heights and of kLanes
+constexpr int64_t kDepth = 256;
+constexpr int64_t kHidden = 192;
+// An MLP's block has this many floats of x, of its result and of kHidden hidden channels, so that they stay in L2.
+constexpr int64_t kMlpBlockFloats = 96 << 10;
+// A call has about this many tasks if it is large enough, for any number of threads.
+constexpr int64_t kTasks = 128;
+
+// The division of `rows` rows into blocks of nearly the same size, which is a multiple of kPanelRows.
+struct Blocks {
+  int64_t rows, count, size;
+
+  Blocks(int64_t all_rows, int64_t largest) : rows(all_rows) {
+    count = (rows + largest - 1) / largest;
+    size = count == 0 ? 0 : round_up((rows + count - 1) / count, kPanelRows);
+    count = size == 0 ? 0 : (rows + size - 1) / size;
+  }
+  int64_t panels() const { return size / kPanelRows; }
+};
+
+// The rows of one block. The last of its panels may have fewer rows.
+struct Block {
+  int64_t first, rows, panels;
+
+  Block(const Blocks& blocks, int64_t index) {
+    first = index * blocks.size;
+    rows = smaller(blocks.size, blocks.rows - first);
+    panels = (rows + kPanelRows - 1) / kPanelRows;
+  }
+  int64_t rows_of(int64_t panel) const { return smaller(kPanelRows, rows - panel * kPanelRows); }
+  // The number of rows rounded up to whole vectors, which is the distance between a panel's channels.
+  int64_t width_of(int64_t panel) const { return round_up(rows_of(panel), kLanes); }
+};
+
+// Memory for the panels of a block, each of which has this many channels.
+struct Panels {
+  float* data;
+  int64_t channels;
+
+  Panels(const Blocks& blocks, int64_t all_channels, Arena& arena) : channels(all_channels) {
+    data = arena.take<float>(blocks.size * channels);
+  }
+  float* at(int64_t panel) const { return data + panel * kPanelRows * channels; }
+};
+
+// panel (channels, width) = the transpose of x (rows, channels), whose rows are `stride` apart.
+void pack(const float* x, int64_t stride, int64_t rows, int64_t channels, float* panel) {
+  const int64_t width = round_up(rows, kLanes), whole = channels / kLanes * kLanes;
+  for (int64_t v = 0; v < width; v += kLanes) {
+    const float* from[kLanes];  // the last row takes the place of rows that do not exist
+    for (int64_t r = 0; r < kLanes; ++r) from[r] = x + smaller(v + r, rows - 1) * stride;
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) block[r] = load(from[r] + c);
+      exchange_rows<1>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) store(panel + (c + r) * width + v, block[r]);
+    }
+    for (int64_t c = whole; c < channels; ++c) {
+      for (int64_t r = 0; r < kLanes; ++r) panel[c * width + v + r] = from[r][c];
+    }
+  }
+}
+
+// Returns GELU(x) within 3e-7 and 1e-6 |GELU(x)|, the former for x < -3 only.
+SWINKERNELS_INLINE Vec gelu(Vec x) {
+  // GELU(x) = max(x, 0) - a Phi(-a), a = |x|, with Phi(-a) = exp(-p(a)). The polynomial p is a minimax fit for a <= 6,
+  // with errors of p weighted by Phi(-a); above, it grows so fast that exp(-p(a)) < Phi(-6) until it is 0.
+  const Vec magnitude = (Vec)((Bits)x & 0x7fffffff);
+  const Vec a = magnitude < splat(16.0f) ? magnitude : splat(16.0f);  // an infinity times 0 would be NaN
+  Vec p = splat(2.34366807e-8f);
+  p = p * a + -6.7639707e-7f;
+  p = p * a + 8.36855534e-6f;
+  p = p * a + -5.67320832e-5f;
+  p = p * a + 2.03868312e-4f;
+  p = p * a + -1.46355763e-5f;
+  p = p * a + -4.80455791e-3f;
+  p = p * a + 3.63467034e-2f;
+  p = p * a + 0.31830732f;
+  p = p * a + 0.797884778f;
+  p = p * a + 0.693147178f;
+  return (x < Vec{} ? Vec{} : x) - a * exp(-p);  // NaN stays NaN
+}
+
+// Returns x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) as x / (1 + exp(-2 sqrt(2 / pi) (...))).
+SWINKERNELS_INLINE Vec gelu_tanh(Vec x) {
+  const Vec low = x < splat(-16.0f) ? splat(-16.0f) : x;  // where the result is 0; NaN stays NaN
+  const Vec exponent = low * (low * low * -0.0713548162f + -1.59576912f);
+  return low / (exp(exponent < splat(80.0f) ? exponent : splat(80.0f)) + 1.0f);
+}
+
+SWINKERNELS_INLINE Vec activate(Vec x, Activation activation) {
+  if (activation == Activation::kGelu) return gelu(x);
+  return activation == Activation::kGeluTanh ? gelu_tanh(x) : x;
+}
+
+// Packs a block's rows of x, which are `stride` apart.
+void pack_block(const float* x, int64_t stride, const Block& block, const Panels& panels) {
+  for (int64_t i = 0; i < block.panels; ++i) {
+    pack(x + (block.first + i * kPanelRows) * stride, stride, block.rows_of(i), panels.channels, panels.at(i));
+  }
+}
+
+// Multiplies `count` rows of the weight from row `first` on, and their channels [channel, channel + depth), by channels
+// [x_channel, x_channel + depth) of each panel of x. The products are channels [y_channel, y_channel + count) of y, or,
+// if `adds`, are added to them.
+void multiply(const LinearLayer& layer, int64_t first, int64_t count, int64_t channel, int64_t depth,
+              const Block& block, const Panels& x, int64_t x_channel, const Panels& y, int64_t y_channel, bool adds) {
+  const float* weight = layer.weight + first * layer.row_stride + channel;
+  for (int64_t i = 0; i < block.panels; ++i) {
+    const int64_t width = block.width_of(i);
+    float* sums = y.at(i) + y_channel * width;
+    matmul<false>(count, width, depth, weight, layer.row_stride, x.at(i) + x_channel * width, width,
+                  adds ? sums : nullptr, sums, width);
+  }
+}
+
+// Channels [0, count) of y = rows [first, first + count) of the weight, times x.
+void multiply_all(const LinearLayer& layer, int64_t first, int64_t count, const Block& block, const Panels& x,
+                  const Panels& y) {
+  for (int64_t c = 0; c < count; c += kColumns) {
+    int64_t d = 0;
+    do {  // once if there are no input channels
+      const int64_t depth = smaller(kDepth, layer.in_features - d);
+      multiply(layer, first + c, smaller(kColumns, count - c), d, depth, block, x, d, y, c, d > 0);
+      d += kDepth;
+    } while (d < layer.in_features);
+  }
+}
+
+// y = activation(y + bias), for channels [0, count) of y, which are the layer's channels from `first` on.
+template <Activation kActivation>
+void activate_all(const LinearLayer& layer, int64_t first, int64_t count, const Block& block, const Panels& y) {
+  for (int64_t i = 0; i < block.panels; ++i) {
+    const int64_t width = block.width_of(i);
+    for (int64_t c = 0; c < count; ++c) {
+      const Vec bias = splat(layer.bias == nullptr ? 0.0f : layer.bias[first + c]);
+      for (int64_t v = 0; v < width; v += kLanes) {
+        float* at = y.at(i) + c * width + v;
+        store(at, activate(load(at) + bias, kActivation));
+      }
+    }
+  }
+}
+
+// out (rows, count) = residual + the transpose of the panel y (count, width). The rows of out and of the residual, which
+// may be null, are `stride` apart. y has room for `count` rounded up to whole vectors.
+void unpack(const float* y, int64_t rows, int64_t count, const float* residual, float* out, int64_t stride) {
+  const int64_t width = round_up(rows, kLanes);
+  const auto store_sum = [&](int64_t offset, Vec x) {
+    store(out + offset, residual == nullptr ? x : load(residual + offset) + x);
+  };
+  for (int64_t v = 0; v < width; v += kLanes) {
+    const int64_t last = smaller(kLanes, rows - v);
+    for (int64_t c = 0; c < count; c += kLanes) {
+      const int64_t channels = smaller(kLanes, count - c);
+      const int64_t at = v * stride + c;
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(y + (c + i) * width + v);
+      exchange_rows<1>(block);
+      if (last == kLanes && channels == kLanes) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) store_sum(at + r * stride, block[r]);
+        continue;
+      }
+      float part[kLanes][kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) store(part[r], block[r]);
+      for (int64_t r = 0; r < last; ++r) {
+        for (int64_t i = 0; i < channels; ++i) {
+          const int64_t offset = at + r * stride + i;
+          out[offset] = residual == nullptr ? part[r][i] : residual[offset] + part[r][i];
+        }
+      }
+    }
+  }
+}
+
+// Writes channels [0, count) of y to a block's rows of out, from channel `first` on, with the residual, which may be
+// null, added.
+void unpack_block(const Panels& y, const Block& block, int64_t first, int64_t count, const float* residual, float* out,
+                  int64_t stride) {
+  for (int64_t i = 0; i < block.panels; ++i) {
+    const int64_t at = (block.first + i * kPanelRows) * stride + first;
+    unpack(y.at(i), block.rows_of(i), count, residual == nullptr ? nullptr : residual + at, out + at, stride);
+  }
+}
+
+// ---- One Linear layer ----
+
+// A task is `columns` channels of the result, for one block.
+struct LinearTasks {
+  Blocks blocks;
+  int64_t columns, per_block, count;
+
+  explicit LinearTasks(const LinearParams& p) : blocks(p.rows, kMaxBlockRows) {
+    const int64_t slices = (p.layer.out_features + kColumns - 1) / kColumns;
+    const int64_t wanted = 1 + kTasks / (1 + blocks.count);  // tasks of a block, if it has as many slices
+    columns = (slices + wanted - 1) / wanted * kColumns;
+    per_block = columns == 0 ? 0 : (p.layer.out_features + columns - 1) / columns;
+    count = blocks.count * per_block;
+  }
+};
+
+struct LinearScratch {
+  Panels x, y;
+
+  LinearScratch(const LinearParams& p, Arena& arena)
+      : x(LinearTasks(p).blocks, p.layer.in_features, arena), y(LinearTasks(p).blocks, kColumns, arena) {}
+};
+
+template <Activation kActivation>
+void linear_as(const LinearParams& p, int64_t* next, void* memory) {
+  const LinearLayer& layer = p.layer;
+  const LinearTasks tasks(p);
+  Arena arena(memory);
+  const LinearScratch s(p, arena);
+  int64_t packed = -1;
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    if (task >= tasks.count) return;
+    const Block block(tasks.blocks, task / tasks.per_block);
+    if (block.first != packed) {
+      packed = block.first;
+      pack_block(p.x, p.x_stride, block, s.x);
+    }
+    const int64_t begin = task % tasks.per_block * tasks.columns;
+    const int64_t end = smaller(begin + tasks.columns, layer.out_features);
+    for (int64_t c = begin; c < end; c += kColumns) {
+      const int64_t count = smaller(kColumns, end - c);
+      multiply_all(layer, c, count, block, s.x, s.y);
+      activate_all<kActivation>(layer, c, count, block, s.y);
+      unpack_block(s.y, block, c, count, p.residual, p.out, layer.out_features);
+    }
+  }
+}
+
+// ---- Two Linear layers with GELU between them ----
+
+Blocks mlp_blocks(const MlpParams& p) {
+  const int64_t channels = p.fc1.in_features + p.fc2.out_features + kHidden;
+  const int64_t rows = kMlpBlockFloats / channels / kPanelRows * kPanelRows;
+  return Blocks(p.rows, rows < kPanelRows ? kPanelRows : smaller(rows, kMaxBlockRows));
+}
+
+struct MlpScratch {
+  Panels x, hidden, y;
+
+  MlpScratch(const MlpParams& p, Arena& arena)
+      : x(mlp_blocks(p), p.fc1.in_features, arena),
+        hidden(mlp_blocks(p), kHidden, arena),
+        y(mlp_blocks(p), round_up(p.fc2.out_features, kLanes), arena) {}
+};
+
+template <Activation kActivation>
+void mlp_as(const MlpParams& p, int64_t* next, void* memory) {
+  const Blocks blocks = mlp_blocks(p);
+  Arena arena(memory);
+  const MlpScratch s(p, arena);
+  const int64_t out = p.fc2.out_features;
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    if (task >= blocks.count) return;
+    const Block block(blocks, task);
+    pack_block(p.x, p.x_stride, block, s.x);
+    int64_t h = 0;
+    do {  // once if there are no hidden channels
+      const int64_t depth = smaller(kHidden, p.fc1.out_features - h);
+      multiply_all(p.fc1, h, depth, block, s.x, s.hidden);
+      activate_all<kActivation>(p.fc1, h, depth, block, s.hidden);
+      for (int64_t c = 0; c < out; c += kColumns) {
+        multiply(p.fc2, c, smaller(kColumns, out - c), h, depth, block, s.hidden, 0, s.y, c, h > 0);
+      }
+      h += kHidden;
+    } while (h < p.fc1.out_features);
+    activate_all<Activation::kNone>(p.fc2, 0, out, block, s.y);
+    unpack_block(s.y, block, 0, out, p.residual, p.out, out);
+  }
+}
+
+// ---- The interface ----
+
+int64_t linear_tasks(const LinearParams& p) { return LinearTasks(p).count; }
+int64_t mlp_tasks(const MlpParams& p) { return mlp_blocks(p).count; }
+
+int64_t linear_scratch_bytes(const LinearParams& p) {
+  Arena arena(nullptr);
+  LinearScratch s(p, arena);
+  return arena.bytes();
+}
+
+int64_t mlp_scratch_bytes(const MlpParams& p) {
+  Arena arena(nullptr);
+  MlpScratch s(p, arena);
+  return arena.bytes();
+}
+
+void linear(const LinearParams& p, int64_t* next, void* scratch) {
+  switch (p.activation) {
+    case Activation::kNone:
+      return linear_as<Activation::kNone>(p, next, scratch);
+    case Activation::kGelu:
+      return linear_as<Activation::kGelu>(p, next, scratch);
+    case Activation::kGeluTanh:
+      return linear_as<Activation::kGeluTanh>(p, next, scratch);
+  }
+}
+
+void mlp(const MlpParams& p, int64_t* next, void* scratch) {
+  switch (p.activation) {
+    case Activation::kNone:
+      return mlp_as<Activation::kNone>(p, next, scratch);
+    case Activation::kGelu:
+      return mlp_as<Activation::kGelu>(p, next, scratch);
+    case Activation::kGeluTanh:
+      return mlp_as<Activation::kGeluTanh>(p, next, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace swinkernels::cpu::SWINKERNELS_ISA
+
+namespace swinkernels::cpu {
+
+const LinearKernels SWINKERNELS_KERNELS = {
+    SWINKERNELS_ISA::linear_tasks,      SWINKERNELS_ISA::mlp_tasks, SWINKERNELS_ISA::linear_scratch_bytes,
+    SWINKERNELS_ISA::mlp_scratch_bytes, SWINKERNELS_ISA::linear,    SWINKERNELS_ISA::mlp};
+
+}  // namespace swinkernels::cpu

@@ -1,0 +1,26 @@
+// Linear layers for x86-64 CPUs with AVX2, FMA and F16C.
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "linear_kernels.h"
+
+// The pragma covers the rest of the file, because templates are compiled for the target in effect at the end of the
+// file.
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define SWINKERNELS_ISA avx2
+#define SWINKERNELS_KERNELS kAvx2LinearKernels
+#define SWINKERNELS_LANES 8
+#define SWINKERNELS_AVX
+#include "linear.inl"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__

@@ -1,0 +1,79 @@
+#include "machine.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace swinkernels::cpu {
+namespace {
+
+const char* name(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::kAvx512:
+      return "avx512";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+// The supported instruction sets, best first.
+std::vector<InstructionSet> supported() {
+  std::vector<InstructionSet> sets;
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    sets.push_back(InstructionSet::kAvx512);
+  }
+  if (avx2) sets.push_back(InstructionSet::kAvx2);
+#endif
+  sets.push_back(InstructionSet::kBaseline);
+  return sets;
+}
+
+InstructionSet choose() {
+  const auto sets = supported();
+  const char* asked = std::getenv("SWINKERNELS_CPU_ISA");
+  if (asked == nullptr || *asked == '\0') return sets.front();
+  std::string names;
+  for (const InstructionSet set : sets) {
+    if (std::strcmp(asked, name(set)) == 0) return set;
+    names += (names.empty() ? "" : ", ") + std::string(name(set));
+  }
+  throw std::invalid_argument("SWINKERNELS_CPU_ISA must be an instruction set that this machine supports (" + names +
+                              "), got " + asked);
+}
+
+struct AlignedDelete {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+
+}  // namespace
+
+InstructionSet chosen_instruction_set() {
+  static const InstructionSet chosen = choose();
+  return chosen;
+}
+
+const char* instruction_set() { return name(chosen_instruction_set()); }
+
+void* scratch(int64_t bytes) {
+  thread_local std::unique_ptr<void, AlignedDelete> memory;
+  thread_local int64_t capacity = 0;
+  if (capacity < bytes) {
+    memory.reset();
+    capacity = 0;
+    memory.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64}));
+    capacity = bytes;
+  }
+  return memory.get();
+}
+
+}  // namespace swinkernels::cpu

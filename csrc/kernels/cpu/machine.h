@@ -1,0 +1,26 @@
+// What all CPU kernels need from the machine: its instruction set, scratch memory and threads.
+#pragma once
+
+#include <cstdint>
+
+#include "params/cpu.h"
+
+namespace swinkernels::cpu {
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+// Returns the instruction set to use; see instruction_set() in params/cpu.h.
+InstructionSet chosen_instruction_set();
+
+// Returns 64-byte aligned scratch memory, which each thread keeps between calls. On a small map, page faults of newly
+// allocated memory would take longer than the computation.
+void* scratch(int64_t bytes);
+
+// Calls body(begin, end) in parallel for ranges that together cover [0, tasks).
+template <class Body>
+void run(ParallelFor parallel_for, int64_t tasks, Body body) {
+  parallel_for(
+      tasks, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
+}
+
+}  // namespace swinkernels::cpu
