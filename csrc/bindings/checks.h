@@ -36,6 +36,12 @@ inline DType dtype_of(const Tensor& x) {
   }
 }
 
+// Sharding and offloading free the memory of a parameter that is not in use; the tensor keeps its shape.
+inline void check_memory(const Tensor& x) {
+  STD_TORCH_CHECK(x.numel() == 0 || x.const_data_ptr() != nullptr,
+                  "swinkernels: the memory of a tensor has been freed, for example by sharding or offloading");
+}
+
 inline bool is_readable(const Tensor& x, int64_t alignment) {
   const int64_t item = static_cast<int64_t>(x.element_size()), last = x.dim() - 1;
   if (x.size(last) != 1 && x.stride(last) != 1) return false;

@@ -26,6 +26,7 @@ cpu::Activation activation_of(const std::string& gelu) {
 
 const float* data(const Tensor& x) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "swinkernels: the kernels of Linear layers need float32");
+  check_memory(x);
   return static_cast<const float*>(x.const_data_ptr());
 }
 

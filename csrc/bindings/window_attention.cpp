@@ -81,6 +81,7 @@ struct Tables {
 
 // Sets all fields except the maps, lse and the tables. x is (B, *S, ..., num_heads, head_dim), where S has `rank` axes.
 void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const WindowSpec& spec) {
+  check_memory(x);
   p.dtype = dtype_of(x);
   p.batch = x.size(0);
   p.num_heads = static_cast<int32_t>(x.size(x.dim() - 2));
@@ -93,6 +94,7 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
 // the copy alive.
 void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& spec, int64_t rank) {
   for (OptionalTensor* x : {&t.bias_table, &t.bias, &t.logit_scale, &t.pad_qkv, &t.region_map, &t.dropout_seed}) {
+    if (*x) check_memory(**x);
     if (*x && !(*x)->is_contiguous()) *x = torch::stable::contiguous(**x);
   }
   const WindowGeometry& g = p.geometry;

@@ -316,6 +316,15 @@ def test_rounding(dtype):
     assert torch.equal(out, values)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_freed_memory(index):
+    """A tensor whose memory was freed, as sharding and offloading do with parameters, raises an error."""
+    tensors = torch.randn(1, 8, 8, 48), torch.randn(49, 2)
+    tensors[index].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has been freed"):
+        packed(*tensors, num_heads=2, window_size=4)
+
+
 ISA_CASES = """
 import sys, torch
 sys.path.insert(0, "tests")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +108,35 @@ def test_which_calls_are_fused():
         assert is_fused(x, torch.nn.Parameter(weight), bias)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not is_fused(x, weight, bias)
+
+
+def test_which_calls_use_the_kernels(monkeypatch):
+    """One row, weights with other strides and MLPs of many channels are left to oneDNN or to two ops."""
+    need_fused(torch.float32)
+    if _extension.error is not None:
+        pytest.skip(_extension.error)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
+    monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", 1)
+    monkeypatch.setattr(_fused_linear, "_MOST_CHANNELS", IN + OUT)
+    x, weight, bias, residual = draw()
+    narrow, one_row = weight.t().contiguous(), torch.randn(1, 4000)
+
+    def ops(*arguments: Any, function: Any = _fused_linear.linear, **options: Any) -> list[str]:
+        with fused_calls() as called:
+            function(*arguments, **options)
+        return [name.partition("::")[0] for name in called]
+
+    assert ops(x, weight, bias) == ["swinkernels"]
+    assert ops(x, narrow.t(), bias) == ["mkldnn"]
+    assert ops(one_row, torch.randn(6000, 4000), None) == ["mkldnn"]
+    of_mlp = {"function": _fused_linear.mlp, "gelu": "none"}
+    with mock.patch.object(_fused_linear, "_LINEAR_OP", side_effect=AssertionError("not one op")):
+        assert ops(x, (weight, bias), (weight[:OUT].t().contiguous(), None), **of_mlp) == ["swinkernels"] * 2
+        wide = torch.randn(OUT + 1, OUT)
+        with pytest.raises(AssertionError, match="not one op"):
+            ops(x, (weight, bias), (wide, None), **of_mlp)
+    assert residual.shape[-1] == OUT
+    assert ops(x, (weight, bias), (weight.t(), None), **of_mlp) == ["swinkernels", "mkldnn"]
 
 
 class Marked(Tensor):

@@ -19,7 +19,8 @@ namespace {
 
 constexpr int64_t kPanelRows = kTileVectors * kLanes;
 constexpr int64_t kMaxBlockRows = 128;
-constexpr int64_t kColumns = 48;  // a multiple of the tiles' heights and of kLanes
+constexpr int64_t kMaxBlockFloats = 512 << 10;  // of x, for a Linear layer with many input channels
+constexpr int64_t kColumns = 48;                // a multiple of the tiles' heights and of kLanes
 constexpr int64_t kDepth = 256;
 constexpr int64_t kHidden = 192;
 // An MLP's block has this many floats of x, of its result and of kHidden hidden channels, so that they stay in L2.
@@ -84,7 +85,8 @@ void pack(const float* x, int64_t stride, int64_t rows, int64_t channels, float*
   }
 }
 
-// Returns GELU(x) within 3e-7 and 1e-6 |GELU(x)|, the former for x < -3 only.
+// Returns GELU(x). The relative error is below 1e-6 for x >= -3; below, the absolute error is below 1e-8. For an infinity
+// the result is the limit, where torch returns NaN for -infinity.
 SWINKERNELS_INLINE Vec gelu(Vec x) {
   // GELU(x) = max(x, 0) - a Phi(-a), a = |x|, with Phi(-a) = exp(-p(a)). The polynomial p is a minimax fit for a <= 6,
   // with errors of p weighted by Phi(-a); above, it grows so fast that exp(-p(a)) < Phi(-6) until it is 0.
@@ -106,7 +108,7 @@ SWINKERNELS_INLINE Vec gelu(Vec x) {
 
 // Returns x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) as x / (1 + exp(-2 sqrt(2 / pi) (...))).
 SWINKERNELS_INLINE Vec gelu_tanh(Vec x) {
-  const Vec low = x < splat(-16.0f) ? splat(-16.0f) : x;  // where the result is 0; NaN stays NaN
+  const Vec low = x < splat(-16.0f) ? splat(-16.0f) : x;  // where the result is -3e-34; NaN stays NaN
   const Vec exponent = low * (low * low * -0.0713548162f + -1.59576912f);
   return low / (exp(exponent < splat(80.0f) ? exponent : splat(80.0f)) + 1.0f);
 }
@@ -209,6 +211,12 @@ void unpack_block(const Panels& y, const Block& block, int64_t first, int64_t co
   }
 }
 
+// The number of rows, at most kMaxBlockRows, that have this many floats, but at least one panel.
+int64_t block_rows(int64_t floats, int64_t channels) {
+  const int64_t rows = floats / (channels == 0 ? 1 : channels) / kPanelRows * kPanelRows;
+  return rows < kPanelRows ? kPanelRows : smaller(rows, kMaxBlockRows);
+}
+
 // ---- One Linear layer ----
 
 // A task is `columns` channels of the result, for one block.
@@ -216,7 +224,7 @@ struct LinearTasks {
   Blocks blocks;
   int64_t columns, per_block, count;
 
-  explicit LinearTasks(const LinearParams& p) : blocks(p.rows, kMaxBlockRows) {
+  explicit LinearTasks(const LinearParams& p) : blocks(p.rows, block_rows(kMaxBlockFloats, p.layer.in_features)) {
     const int64_t slices = (p.layer.out_features + kColumns - 1) / kColumns;
     const int64_t wanted = 1 + kTasks / (1 + blocks.count);  // tasks of a block, if it has as many slices
     columns = (slices + wanted - 1) / wanted * kColumns;
@@ -228,8 +236,8 @@ struct LinearTasks {
 struct LinearScratch {
   Panels x, y;
 
-  LinearScratch(const LinearParams& p, Arena& arena)
-      : x(LinearTasks(p).blocks, p.layer.in_features, arena), y(LinearTasks(p).blocks, kColumns, arena) {}
+  LinearScratch(const LinearParams& p, const Blocks& blocks, Arena& arena)
+      : x(blocks, p.layer.in_features, arena), y(blocks, kColumns, arena) {}
 };
 
 template <Activation kActivation>
@@ -237,7 +245,7 @@ void linear_as(const LinearParams& p, int64_t* next, void* memory) {
   const LinearLayer& layer = p.layer;
   const LinearTasks tasks(p);
   Arena arena(memory);
-  const LinearScratch s(p, arena);
+  const LinearScratch s(p, tasks.blocks, arena);
   int64_t packed = -1;
   for (;;) {
     const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
@@ -261,25 +269,23 @@ void linear_as(const LinearParams& p, int64_t* next, void* memory) {
 // ---- Two Linear layers with GELU between them ----
 
 Blocks mlp_blocks(const MlpParams& p) {
-  const int64_t channels = p.fc1.in_features + p.fc2.out_features + kHidden;
-  const int64_t rows = kMlpBlockFloats / channels / kPanelRows * kPanelRows;
-  return Blocks(p.rows, rows < kPanelRows ? kPanelRows : smaller(rows, kMaxBlockRows));
+  return Blocks(p.rows, block_rows(kMlpBlockFloats, p.fc1.in_features + p.fc2.out_features + kHidden));
 }
 
 struct MlpScratch {
   Panels x, hidden, y;
 
-  MlpScratch(const MlpParams& p, Arena& arena)
-      : x(mlp_blocks(p), p.fc1.in_features, arena),
-        hidden(mlp_blocks(p), kHidden, arena),
-        y(mlp_blocks(p), round_up(p.fc2.out_features, kLanes), arena) {}
+  MlpScratch(const MlpParams& p, const Blocks& blocks, Arena& arena)
+      : x(blocks, p.fc1.in_features, arena),
+        hidden(blocks, kHidden, arena),
+        y(blocks, round_up(p.fc2.out_features, kLanes), arena) {}
 };
 
 template <Activation kActivation>
 void mlp_as(const MlpParams& p, int64_t* next, void* memory) {
   const Blocks blocks = mlp_blocks(p);
   Arena arena(memory);
-  const MlpScratch s(p, arena);
+  const MlpScratch s(p, blocks, arena);
   const int64_t out = p.fc2.out_features;
   for (;;) {
     const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
@@ -308,13 +314,13 @@ int64_t mlp_tasks(const MlpParams& p) { return mlp_blocks(p).count; }
 
 int64_t linear_scratch_bytes(const LinearParams& p) {
   Arena arena(nullptr);
-  LinearScratch s(p, arena);
+  LinearScratch(p, LinearTasks(p).blocks, arena);
   return arena.bytes();
 }
 
 int64_t mlp_scratch_bytes(const MlpParams& p) {
   Arena arena(nullptr);
-  MlpScratch s(p, arena);
+  MlpScratch(p, mlp_blocks(p), arena);
   return arena.bytes();
 }
 
