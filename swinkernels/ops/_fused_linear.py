@@ -23,8 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from swinkernels import _extension
-from swinkernels.ops._library import any_requires_grad, define, is_plain, linear_dtype, register
-from swinkernels.ops.fallback import add
+from swinkernels.ops._library import any_requires_grad, autocast_dtype, define, is_plain, linear_dtype, register
 
 define("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str gelu) -> Tensor")
 define(
@@ -103,7 +102,14 @@ def linear(
     else:
         y = F.linear(x, weight, bias)
         y = y if gelu is None else F.gelu(y, approximate=gelu)
-    return y if residual is None else add(residual, y, None)
+    return y if residual is None else (residual + y).to(residual.dtype)
+
+
+def cast_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return Linear(x) without a bias, in the autocast dtype if autocast is on, else in the dtype of x."""
+    if autocast_dtype(x) is None or weight.dtype == torch.float64:  # autocast does not cast float64
+        weight = weight.to(x.dtype)
+    return linear(x, weight, None)
 
 
 def mlp(
@@ -202,6 +208,7 @@ def _is_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
 def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
+        and _has_kernels()  # first, because it takes no time
         and _is_fused(x, fc1, fc2)
         and _has_kernels_for(x, fc1[0], fc2[0])
         and x.shape[-1] + fc2[0].shape[0] <= _MOST_CHANNELS

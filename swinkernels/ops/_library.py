@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -356,10 +355,3 @@ def parameter_gradients(
         total.to(parameter.dtype) if need and parameter is not None else None
         for parameter, total, need in zip(parameters, sums, needed, strict=True)
     ]
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Run torch's Linear without a bias, in the autocast dtype if autocast is on, else in the dtype of x."""
-    if autocast_dtype(x) is None or weight.dtype == torch.float64:  # autocast does not cast float64
-        weight = weight.to(x.dtype)
-    return F.linear(x, weight)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from swinkernels.ops._arguments import frame_size
-from swinkernels.ops._library import Found, is_plain, is_untraced, linear
+from swinkernels.ops._fused_linear import cast_linear
+from swinkernels.ops._library import Found, is_plain, is_untraced
 
 # torch's attention kernels map batch * heads to an axis of the CUDA grid, which has at most this many blocks.
 _MOST_HEADS = 65535
@@ -515,8 +516,8 @@ def patch_merging(
     parts = [x[index] for index in indices]
     merged = torch.stack(parts, dim=-1).flatten(-2) if by_channel else torch.cat(parts, dim=-1)
     if norm == "pre":
-        return linear(layer_norm(merged, norm_weight, norm_bias, eps=eps, dtype=between), weight)
-    return layer_norm(linear(merged, weight), norm_weight, norm_bias, eps=eps, dtype=dtype)
+        return cast_linear(layer_norm(merged, norm_weight, norm_bias, eps=eps, dtype=between), weight)
+    return layer_norm(cast_linear(merged, weight), norm_weight, norm_bias, eps=eps, dtype=dtype)
 
 
 def lay_out(x: Tensor, factor: Sequence[int]) -> Tensor:

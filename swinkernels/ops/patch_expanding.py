@@ -9,7 +9,8 @@ from torch import Tensor
 
 from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
-from swinkernels.ops._library import autocast_dtype, linear
+from swinkernels.ops._fused_linear import cast_linear
+from swinkernels.ops._library import autocast_dtype
 from swinkernels.ops.layer_norm import normalise_parts
 
 
@@ -65,5 +66,5 @@ def patch_expanding(
         )
     _arguments.check_parameters(op, x, (width // parts,), norm_weight=norm_weight, norm_bias=norm_bias)
     dtype = x.dtype if autocast_dtype(x) is None else torch.float32
-    wide = x if weight is None else linear(x, weight)
+    wide = x if weight is None else cast_linear(x, weight)
     return normalise_parts(op, wide, norm_weight, norm_bias, factors, eps, dtype, backend)

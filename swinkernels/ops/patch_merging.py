@@ -16,11 +16,11 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, patch_merging_reasons
+from swinkernels.ops._fused_linear import cast_linear
 from swinkernels.ops._library import (
     autocast_dtype,
     define,
     kernel_parameter,
-    linear,
     parameter_gradients,
     register,
     register_derivative,
@@ -203,12 +203,12 @@ def patch_merging(
         fwd = _NORM_FWD["_triton" if backend == "triton" else ""]
         parameters = map(kernel_parameter, (norm_weight, norm_bias))
         z = fwd(x, *parameters, three(factor, 1), numbers, eps, between)[0]
-        return linear(z, weight)
+        return cast_linear(z, weight)
     # Windows of two tokens per axis contain the neighbours in row-major order, padded with zeros at the end.
     window = [1] * (x.dim() - 2 - rank) + factor
     windows = partition(op, x, window, [0] * len(window), "pad_then_roll", backend)
     merged = windows.reshape(x.shape[0], *merged_size(x.shape[1:-1], window), weight.shape[1])
-    reduced = linear(merged, _row_major_columns(weight, numbers))
+    reduced = cast_linear(merged, _row_major_columns(weight, numbers))
     if backend == "triton":
         # torch's norm requires one dtype for the map and the parameters, here float32.
         norm_weight, norm_bias = (None if p is None else p.float() for p in (norm_weight, norm_bias))
