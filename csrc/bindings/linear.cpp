@@ -1,5 +1,6 @@
 // The bindings of Linear layers on a CPU, on torch's stable ABI. swinkernels/ops checks the arguments; the checks here
 // guard the kernels' assumptions.
+#ifndef SWINKERNELS_WITHOUT_CPU
 #include "params/linear_cpu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -98,3 +99,4 @@ STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, CPU, m) {
 
 }  // namespace
 }  // namespace swinkernels
+#endif  // SWINKERNELS_WITHOUT_CPU

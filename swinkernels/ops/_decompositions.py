@@ -300,6 +300,27 @@ def _mlp_half(
     return fallback.add(s, norm(y) if post else y, None)
 
 
+# --- Linear layers
+
+
+def _fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: str) -> Tensor:
+    y = F.linear(x, weight, bias)
+    y = F.gelu(y, approximate=gelu) if gelu else y
+    return y if residual is None else residual + y
+
+
+def _fused_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None,
+    gelu: str,
+) -> Tensor:
+    return _fused_linear(_fused_linear(x, fc1_weight, fc1_bias, None, gelu), fc2_weight, fc2_bias, residual, "")
+
+
 # --- registration
 
 _FORWARD: dict[str, Callable[..., Any]] = {
@@ -312,6 +333,8 @@ _FORWARD: dict[str, Callable[..., Any]] = {
     "residual_layer_norm_fwd": _residual_layer_norm,
     "residual_post_norm_fwd": _residual_post_norm,
     "mlp_half_triton": _mlp_half,
+    "fused_linear": _fused_linear,
+    "fused_mlp": _fused_mlp,
 }
 _WITH_TRITON = ("window_attention", "window_partition", "window_reverse", "patch_merging")
 _FORWARD |= {f"{name}_triton": function for name, function in _FORWARD.items() if name.startswith(_WITH_TRITON)}

@@ -2,8 +2,9 @@
 
 Window attention has two matrix products forward and four backward, each of 2 * M * head_dim FLOPs per query with M
 keys. This equals the count for the libraries' plain code. Decomposed relative positions add products with one table per
-axis. Scores that a backward kernel recomputes are not counted. Pad tokens are counted. ``mlp_half_triton`` counts its
-two products. The other ops multiply no matrices and count zero, as torch's own copies and norms do.
+axis. Scores that a backward kernel recomputes are not counted. Pad tokens are counted. ``mlp_half_triton``,
+``fused_linear`` and ``fused_mlp`` count the products of their Linear layers. The other ops multiply no matrices and
+count zero, as torch's own copies and norms do.
 """
 
 from __future__ import annotations
@@ -50,16 +51,22 @@ def _zero(*_: Any, **__: Any) -> int:
     return 0
 
 
-def _mlp_half(*arguments: Any, **_: Any) -> int:
-    hidden, channels = arguments[4]
-    return 4 * math.prod(arguments[0][:-1]) * hidden * channels
+def _linear_layers(*weights: int) -> Callable[..., int]:
+    """Return the FLOP formula of an op with Linear layers, given the indices of their weights in its arguments."""
+
+    def flops(*arguments: Any, **_: Any) -> int:
+        return 2 * math.prod(arguments[0][:-1]) * sum(math.prod(arguments[i]) for i in weights)
+
+    return flops
 
 
 FORMULAS: dict[str, Callable[..., int]] = dict.fromkeys(_WITHOUT_PRODUCTS, _zero)
 for _form, _axes in (("window_attention_qkvpacked", 3), ("window_attention", 2)):
     FORMULAS[f"{_form}_fwd"] = _attention(2, 0, _axes)
     FORMULAS[f"{_form}_bwd"] = _attention(4, 1, _axes)
-FORMULAS["mlp_half_triton"] = _mlp_half
+FORMULAS["mlp_half_triton"] = _linear_layers(4, 6)
+FORMULAS["fused_linear"] = _linear_layers(1)
+FORMULAS["fused_mlp"] = _linear_layers(1, 3)
 FORMULAS |= {f"{name}_triton": f for name, f in FORMULAS.items() if name.startswith(_WITH_TRITON)}
 
 

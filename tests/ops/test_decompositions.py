@@ -63,6 +63,19 @@ def test_mlp_half(norm: str, approximate: str) -> None:
     torch.testing.assert_close(got, expected)
 
 
+@needs_cpu
+@pytest.mark.parametrize("gelu", ["", "none", "tanh"])
+def test_linear_layers(gelu: str) -> None:
+    """The decompositions equal the CPU kernels."""
+    x, residual, fc1, bias, fc2 = (torch.randn(s) for s in ((2, 3, 6), (2, 3, 6), (10, 6), (10,), (6, 10)))
+    for name, *arguments in (
+        ("fused_linear", x, fc1, bias, None, gelu),
+        ("fused_linear", x, fc2.t()[:6], None, residual, gelu),
+        ("fused_mlp", x, fc1, bias, fc2, None, residual, gelu),
+    ):
+        torch.testing.assert_close(decomposed(name, *arguments), getattr(ops, name)(*arguments))
+
+
 @pytest.mark.parametrize("pad_order", ["pad_then_roll", "roll_then_pad"])
 @pytest.mark.parametrize(("size", "window", "shift"), [((4, 6), (2, 3), (1, 0)), ((5, 3, 7), (2, 4, 3), (1, 3, 2))])
 def test_windows(size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], pad_order: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -40,6 +41,22 @@ def test_mlp_half_counts_both_products() -> None:
     with FlopCounterMode(display=False) as counter:
         torch.ops.swinkernels.mlp_half_triton(x, None, None, None, fc1, None, fc2, None, 1e-5, False, False)
     assert counter.get_total_flops() == 2 * 10 * 96 * 384 * 2
+
+
+def test_linear_layers_count_as_torchs() -> None:
+    x, fc1, fc2 = (torch.empty(shape, device="meta") for shape in ((2, 5, 96), (384, 96), (64, 384)))
+    counts = []
+    for call in (
+        lambda: torch.ops.swinkernels.fused_linear(x, fc1, None, None, "none"),
+        lambda: F.gelu(F.linear(x, fc1)),
+        lambda: torch.ops.swinkernels.fused_mlp(x, fc1, None, fc2, None, None, "none"),
+        lambda: F.linear(F.gelu(F.linear(x, fc1)), fc2),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    assert counts[2] == counts[3] > counts[0]
 
 
 def test_formulas_wait_for_the_counter() -> None:
