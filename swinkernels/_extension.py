@@ -31,7 +31,7 @@ _OUTDATED = (
     "(pip install --no-build-isolation ., or make build in a checkout)"
 )
 # The newest entry of build_info(). An extension without it is older than the Python code and has different ops.
-_NEWEST_FACT = "layer_norm_limits"
+_NEWEST_FACT = "has_cpu_kernels"
 
 
 def _library(folder: Path) -> Path | None:

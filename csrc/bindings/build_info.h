@@ -31,6 +31,15 @@ inline const char* cpu_instruction_sets() {
 #endif
 }
 
+// Whether the library has the CPU kernels: those of window attention and of Linear layers.
+inline const char* has_cpu_kernels() {
+#ifdef SWINKERNELS_WITHOUT_CPU
+  return "false";
+#else
+  return "true";
+#endif
+}
+
 #ifdef SWINKERNELS_WITH_CUDA
 inline std::string entry(const char* name, int32_t value) {
   return std::string("\"") + name + "\": " + std::to_string(value);
@@ -62,7 +71,7 @@ inline std::string layer_norm_limits() {
 inline std::string build_info() {
   const std::string facts = SWINKERNELS_BUILD_FACTS;
   return facts.substr(0, facts.rfind('}')) + ", \"compiler\": \"" + compiler() +
-         "\", \"cpu_instruction_sets\": " + cpu_instruction_sets() +
+         "\", \"has_cpu_kernels\": " + has_cpu_kernels() + ", \"cpu_instruction_sets\": " + cpu_instruction_sets() +
          ", \"window_attention_limits\": " + window_attention_limits() +
          ", \"layer_norm_limits\": " + layer_norm_limits() + "}";
 }

@@ -71,7 +71,8 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
 @functools.cache
 def _has_kernels() -> bool:
     """Return True if the extension's kernels take the place of oneDNN in float32: only where that has been measured."""
-    return _extension.error is None and _extension.ops.cpu_instruction_set() == "avx2"
+    build = _extension.build
+    return build is not None and build["has_cpu_kernels"] and _extension.ops.cpu_instruction_set() == "avx2"
 
 
 def _has_kernels_for(x: Tensor, *weights: Tensor) -> bool:

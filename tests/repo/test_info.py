@@ -28,6 +28,7 @@ BUILT = {
     "cuda_version": "13.0",
     "arch_list": ["8.0", "9.0+PTX"],
     "cuda_sources": ["a.cu", "b.cu"],
+    "has_cpu_kernels": True,
     "cpu_instruction_sets": ["baseline", "avx2"],
     "window_attention_limits": {"max_window_volume": 256},
     "layer_norm_limits": {"max_row": 8192},
@@ -131,7 +132,7 @@ def test_sources_that_hide_an_installed_package_are_named(tmp_path: Path) -> Non
 
 @needs_extension
 def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {name: value for name, value in _extension.build.items() if name != "layer_norm_limits"}
+    facts = {name: value for name, value in _extension.build.items() if name != _extension._NEWEST_FACT}
     monkeypatch.setattr(_extension.json, "loads", lambda text: facts)
     monkeypatch.setattr(_extension, "build", _extension.build)
     monkeypatch.setattr(_extension, "error", None)
