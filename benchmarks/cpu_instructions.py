@@ -106,7 +106,7 @@ LINEAR_CASES = [
     LinearCase("fc2 of 200", 200, 384, 96),
     LinearCase("odd", 37, 75, 101, activation="tanh"),
     LinearCase("mlp of 150", 150, 96, 96, hidden=384, activation="gelu"),
-    LinearCase("mlp of 49", 49, 384, 384, hidden=1536, activation="tanh"),
+    LinearCase("mlp of 49", 49, 64, 64, hidden=256, activation="tanh"),
 ]
 
 
