@@ -1,4 +1,4 @@
-"""Provide the object files of CUDA sources: those of the build if they are up to date, or else compiled here."""
+"""Find the object files of CUDA sources in the last build, or compile the sources if the build is out of date."""
 
 from __future__ import annotations
 

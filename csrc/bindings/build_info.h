@@ -31,7 +31,7 @@ inline const char* cpu_instruction_sets() {
 #endif
 }
 
-// Whether the library has the CPU kernels: those of window attention and of Linear layers.
+// JSON's true if the library was built with the CPU kernels of window attention and of Linear layers.
 inline const char* has_cpu_kernels() {
 #ifdef SWINKERNELS_WITHOUT_CPU
   return "false";

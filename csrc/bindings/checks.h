@@ -36,11 +36,21 @@ inline DType dtype_of(const Tensor& x) {
   }
 }
 
-// Sharding and offloading free the memory of a parameter that is not in use; the tensor keeps its shape.
-inline void check_memory(const Tensor& x) {
-  STD_TORCH_CHECK(x.numel() == 0 || x.const_data_ptr() != nullptr,
-                  "swinkernels: the memory of a tensor has been freed, for example by sharding or offloading");
+// Returns the address of x's elements. Sharding and offloading free the memory of a parameter that is not in use, but the
+// tensor keeps its shape; then this function raises an error.
+inline const void* data_of(const Tensor& x) {
+  const void* data = x.const_data_ptr();
+  STD_TORCH_CHECK(data != nullptr || x.numel() == 0, "swinkernels: the memory of a tensor of ", x.numel(),
+                  " elements has been freed, for example by sharding or offloading: load it before the call");
+  return data;
 }
+
+#ifndef SWINKERNELS_WITHOUT_CPU
+// Calls body(context, begin, end) on torch's threads for ranges that together cover [0, tasks).
+inline void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+#endif
 
 inline bool is_readable(const Tensor& x, int64_t alignment) {
   const int64_t item = static_cast<int64_t>(x.element_size()), last = x.dim() - 1;

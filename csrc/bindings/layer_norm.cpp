@@ -23,7 +23,7 @@ using Norm = std::tuple<Tensor, Tensor, Tensor>;       // z or s, mean, rstd
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // dx or dy, dweight, dbias
 
 Tensor map(const Tensor& x) { return packed(x, kAlignment); }
-const void* data(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
+const void* data(const OptionalTensor& x) { return x ? data_of(*x) : nullptr; }
 float* floats(const Tensor& x) { return x.numel() == 0 ? nullptr : static_cast<float*>(x.mutable_data_ptr()); }
 
 // Allocates a float32 tensor with one element per row of a tensor with the given shape, whose last axis is normalised.
@@ -141,7 +141,7 @@ void prepare_drop_path(Params& p, OptionalTensor& scale, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() > 1 && scale->scalar_type() == ScalarType::Float && scale->numel() == x.size(0),
                   "swinkernels: drop_path_scale must be float32, one value for each sample of x (B, ..., C)");
   *scale = torch::stable::contiguous(*scale);
-  p.drop_path_scale = static_cast<const float*>(scale->const_data_ptr());
+  p.drop_path_scale = static_cast<const float*>(data_of(*scale));
   p.rows_per_sample = p.rows.count / std::max<int64_t>(1, x.size(0));
 }
 
@@ -163,7 +163,7 @@ Norm norm_forward(Tensor x, OptionalTensor weight, OptionalTensor bias, const No
   p.weight_dtype = prepare_parameter(weight, p.rows);
   p.bias_dtype = prepare_parameter(bias, p.rows);
   p.eps = static_cast<float>(eps);
-  p.x = x.const_data_ptr();
+  p.x = data_of(x);
   p.weight = data(weight);
   p.bias = data(bias);
   p.z = z.mutable_data_ptr();
@@ -189,8 +189,8 @@ std::tuple<Tensor, Tensor> launch_backward(LayerNormBackwardParams& p, const Ten
                   "swinkernels: mean and rstd must be float32, one value for each row");
   mean = torch::stable::contiguous(mean);
   rstd = torch::stable::contiguous(rstd);
-  p.mean = static_cast<const float*>(mean.const_data_ptr());
-  p.rstd = static_cast<const float*>(rstd.const_data_ptr());
+  p.mean = static_cast<const float*>(data_of(mean));
+  p.rstd = static_cast<const float*>(data_of(rstd));
   p.dweight = floats(dweight);
   p.dbias = floats(dbias);
   Tensor workspace = torch::stable::new_empty(x, {cuda::layer_norm_backward_workspace_bytes(p)}, ScalarType::Byte);
@@ -211,8 +211,8 @@ Gradients norm_backward(Tensor dz, Tensor x, OptionalTensor weight, Tensor mean,
   p.in_dtype = dtype_of(x);
   p.out_dtype = dtype_of(dz);
   p.rows = shape.rows;
-  p.normalised = x.const_data_ptr();
-  p.dz = dz.const_data_ptr();
+  p.normalised = data_of(x);
+  p.dz = data_of(dz);
   p.dx = dx.mutable_data_ptr();
   const auto [dweight, dbias] = launch_backward(p, x, weight, mean, rstd, needs_dweight, needs_dbias, current);
   return {dx, dweight, dbias};
@@ -256,8 +256,8 @@ std::tuple<Tensor, Tensor> residual_forward(LayerNormOp op, Tensor x, Tensor y, 
   p.weight_dtype = prepare_parameter(weight, p.rows);
   p.bias_dtype = prepare_parameter(bias, p.rows);
   p.eps = static_cast<float>(eps);
-  p.x = x.const_data_ptr();
-  p.y = y.const_data_ptr();
+  p.x = data_of(x);
+  p.y = data_of(y);
   p.weight = data(weight);
   p.bias = data(bias);
   p.s = s.mutable_data_ptr();
@@ -306,9 +306,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_bwd(Tensor ds, Te
   p.out_dtype = dtype_of(dz);
   p.rows = plain_rows(shape);
   prepare_drop_path(p, drop_path_scale, s);
-  p.normalised = s.const_data_ptr();
-  p.dz = dz.const_data_ptr();
-  p.ds = ds.const_data_ptr();
+  p.normalised = data_of(s);
+  p.dz = data_of(dz);
+  p.ds = data_of(ds);
   p.dx = dx.mutable_data_ptr();
   p.dy = dy_is_dx ? nullptr : dy.mutable_data_ptr();
   const auto [dweight, dbias] = launch_backward(p, s, weight, mean, rstd, needs_dweight, needs_dbias, current);
@@ -329,8 +329,8 @@ Gradients residual_post_norm_bwd(Tensor ds, Tensor y, OptionalTensor drop_path_s
   p.out_dtype = dtype_of(y);
   p.rows = plain_rows(shape);
   prepare_drop_path(p, drop_path_scale, y);
-  p.normalised = y.const_data_ptr();
-  p.ds = ds.const_data_ptr();
+  p.normalised = data_of(y);
+  p.ds = data_of(ds);
   p.dy = dy.mutable_data_ptr();
   const auto [dweight, dbias] = launch_backward(p, y, weight, mean, rstd, needs_dweight, needs_dbias, current);
   return {dy, dweight, dbias};

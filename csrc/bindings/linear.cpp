@@ -15,10 +15,6 @@
 namespace swinkernels {
 namespace {
 
-void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
 cpu::Activation activation_of(const std::string& gelu) {
   if (gelu.empty()) return cpu::Activation::kNone;
   STD_TORCH_CHECK(gelu == "none" || gelu == "tanh", "swinkernels: gelu must be \"none\" or \"tanh\"");
@@ -27,8 +23,7 @@ cpu::Activation activation_of(const std::string& gelu) {
 
 const float* data(const Tensor& x) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "swinkernels: the kernels of Linear layers need float32");
-  check_memory(x);
-  return static_cast<const float*>(x.const_data_ptr());
+  return static_cast<const float*>(data_of(x));
 }
 
 // Replaces the weight and the bias by copies if the kernels cannot read them in place.

@@ -31,9 +31,6 @@ struct CpuBackend {
   static int64_t alignment(int64_t) { return 1; }
   static constexpr bool kAxisTablesNeedRegularTokens = false;
   explicit CpuBackend(const Tensor&) {}
-  static void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-  }
   void forward(const WindowAttentionForwardParams& p) const { cpu::window_attention_forward(p, parallel_for); }
   int64_t workspace_bytes(const WindowAttentionBackwardParams& p) const {
     return cpu::window_attention_backward_workspace_bytes(p);
@@ -67,7 +64,7 @@ TokenMapOf<Pointer> token_map(const Tensor& x, Data* data, int64_t offset, int64
 }
 
 ConstTokenMap input_map(const Tensor& x, int64_t offset, int64_t rank, int64_t head_stride) {
-  return token_map<const void*>(x, static_cast<const char*>(x.const_data_ptr()), offset, rank, head_stride);
+  return token_map<const void*>(x, static_cast<const char*>(data_of(x)), offset, rank, head_stride);
 }
 
 TokenMap output_map(const Tensor& x, int64_t offset, int64_t rank, int64_t head_stride) {
@@ -81,7 +78,6 @@ struct Tables {
 
 // Sets all fields except the maps, lse and the tables. x is (B, *S, ..., num_heads, head_dim), where S has `rank` axes.
 void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const WindowSpec& spec) {
-  check_memory(x);
   p.dtype = dtype_of(x);
   p.batch = x.size(0);
   p.num_heads = static_cast<int32_t>(x.size(x.dim() - 2));
@@ -94,7 +90,6 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
 // the copy alive.
 void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& spec, int64_t rank) {
   for (OptionalTensor* x : {&t.bias_table, &t.bias, &t.logit_scale, &t.pad_qkv, &t.region_map, &t.dropout_seed}) {
-    if (*x) check_memory(**x);
     if (*x && !(*x)->is_contiguous()) *x = torch::stable::contiguous(**x);
   }
   const WindowGeometry& g = p.geometry;
@@ -113,7 +108,7 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
         t.bias_table->scalar_type() == ScalarType::Float && t.bias_table->numel() == rows * p.bias_types * p.num_heads,
         "swinkernels: bias_table must be float32 with prod(2 * table_window - 1) rows or, with a key window, "
         "prod(window + key_window - 1) rows");
-    p.bias_table = static_cast<const float*>(t.bias_table->const_data_ptr());
+    p.bias_table = static_cast<const float*>(data_of(*t.bias_table));
   }
   if (spec.axis_tables) {
     int64_t rows = 0;
@@ -122,7 +117,7 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
                         !t.bias_table && !t.logit_scale,
                     "swinkernels: axis_tables must be float32, (2 * window - 1, head_dim) per axis, the only bias");
     t.bias = packed(*t.bias, 2 * sizeof(float));  // the CUDA kernels load two entries at once
-    p.axis_tables = static_cast<const float*>(t.bias->const_data_ptr());
+    p.axis_tables = static_cast<const float*>(data_of(*t.bias));
   } else if (t.bias) {
     const int64_t n = product(g.window), windows = product(g.num_windows);
     int64_t of_a_type = p.num_heads * n;
@@ -131,31 +126,31 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
     STD_TORCH_CHECK(t.bias->scalar_type() == ScalarType::Float && types > 0 && windows % types == 0 &&
                         t.bias->numel() == types * of_a_type && !t.bias_table,
                     "swinkernels: bias must be float32, (types, num_heads, N, M), and the only bias");
-    p.bias = static_cast<const float*>(t.bias->const_data_ptr());
+    p.bias = static_cast<const float*>(data_of(*t.bias));
     p.bias_types = static_cast<int32_t>(types);
   }
   if (t.logit_scale) {
     STD_TORCH_CHECK(t.logit_scale->scalar_type() == ScalarType::Float && t.logit_scale->numel() == p.num_heads,
                     "swinkernels: logit_scale must be float32, one value for each head");
-    p.logit_scale = static_cast<const float*>(t.logit_scale->const_data_ptr());
+    p.logit_scale = static_cast<const float*>(data_of(*t.logit_scale));
   }
   STD_TORCH_CHECK(p.dropout_p == 0 || t.dropout_seed, "swinkernels: dropout needs a seed");
   if (t.dropout_seed) {
     STD_TORCH_CHECK(t.dropout_seed->scalar_type() == ScalarType::Long && t.dropout_seed->numel() == 1,
                     "swinkernels: dropout_seed must be one int64");
-    p.dropout_seed = static_cast<const int64_t*>(t.dropout_seed->const_data_ptr());
+    p.dropout_seed = static_cast<const int64_t*>(data_of(*t.dropout_seed));
   }
   if (t.pad_qkv) {
     STD_TORCH_CHECK(dtype_of(*t.pad_qkv) == p.dtype && t.pad_qkv->numel() == int64_t{3} * p.num_heads * p.head_dim,
                     "swinkernels: pad_qkv must be (3, num_heads, head_dim) in the map's dtype");
     *t.pad_qkv = readable(*t.pad_qkv, 16);
-    p.pad_qkv = t.pad_qkv->const_data_ptr();
+    p.pad_qkv = data_of(*t.pad_qkv);
   }
   if (t.region_map) {
     STD_TORCH_CHECK(t.region_map->scalar_type() == ScalarType::Int &&
                         t.region_map->numel() == int64_t{1} * g.frame[0] * g.frame[1] * g.frame[2],
                     "swinkernels: region_map must be int32 with the frame's shape");
-    p.region_map = static_cast<const int32_t*>(t.region_map->const_data_ptr());
+    p.region_map = static_cast<const int32_t*>(data_of(*t.region_map));
   }
 }
 

@@ -41,7 +41,7 @@ Tensor window_partition(Tensor x, Ints window_size, Ints shift_size, bool roll_t
   Tensor windows = torch::stable::new_empty(x, {p.batch * product(p.geometry.num_windows), num_tokens, p.channels});
   if (windows.numel() == 0) return windows;
   x = readable(x, kAlignment);
-  p.map = feature_map(x, x.const_data_ptr(), rank);
+  p.map = feature_map(x, data_of(x), rank);
   p.windows = {windows.mutable_data_ptr(), num_tokens * p.channels, p.channels};
   SWINKERNELS_CUDA_CHECK(cuda::window_partition(p, current.stream));
   return windows;
@@ -62,7 +62,7 @@ Tensor window_reverse(Tensor windows, Ints size, Ints window_size, Ints shift_si
   if (map.numel() == 0) return map;
   windows = readable(windows, kAlignment);
   p.map = feature_map(map, map.mutable_data_ptr(), static_cast<int64_t>(size.size()));
-  p.windows = {windows.const_data_ptr(), windows.stride(0), windows.stride(1)};
+  p.windows = {data_of(windows), windows.stride(0), windows.stride(1)};
   SWINKERNELS_CUDA_CHECK(cuda::window_reverse(p, current.stream));
   return map;
 }

@@ -1,4 +1,4 @@
-// What the CPU kernels of all ops share.
+// Declarations that the CPU kernels of all ops use.
 #pragma once
 
 #include <cstdint>

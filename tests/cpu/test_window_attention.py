@@ -316,13 +316,14 @@ def test_rounding(dtype):
     assert torch.equal(out, values)
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", range(4))
 def test_freed_memory(index):
     """A tensor whose memory was freed, as sharding and offloading do with parameters, raises an error."""
-    tensors = torch.randn(1, 8, 8, 48), torch.randn(49, 2)
-    tensors[index].untyped_storage().resize_(0)
+    *qkv, table = *(torch.randn(1, 8, 8, 16) for _ in range(3)), torch.randn(49, 2)
+    (*qkv, table)[index].untyped_storage().resize_(0)
+    q, k, v = (x.unflatten(-1, (2, 8)) for x in qkv)
     with pytest.raises(RuntimeError, match="has been freed"):
-        packed(*tensors, num_heads=2, window_size=4)
+        swinkernels.window_attention(q, k, v, table, num_heads=2, window_size=4, backend="cpu")
 
 
 ISA_CASES = """

@@ -107,6 +107,18 @@ FAULTS = {
         "activate_all<kActivation>(p.fc1, 0, depth",
         _LINEAR_TESTS + "test_mlp",
     ),
+    "cpu-linear-bias-of-the-first-slice": Fault(
+        _LINEAR,
+        "bias_of(layer, first + smaller(c + i, count - 1))",
+        "bias_of(layer, smaller(c + i, count - 1))",
+        _LINEAR_TESTS + "test_linear",
+    ),
+    "cpu-linear-last-row": Fault(
+        _LINEAR,
+        "for (int64_t r = 0; r < last; ++r) {",
+        "for (int64_t r = 0; r + 1 < last; ++r) {",
+        _LINEAR_TESTS + "test_linear",
+    ),
     "cpu-gelu-of-negative-numbers": Fault(
         _LINEAR,
         "(x < Vec{} ? Vec{} : x) - a * exp(-p)",

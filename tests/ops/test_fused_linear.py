@@ -50,13 +50,15 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, resi
     return y if residual is None else residual + y
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "either"),
+    [(torch.float32, "kernels"), *((dtype, "onednn") for dtype in (torch.float32, torch.bfloat16, torch.float16))],
+    indirect=["either"],
+)
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "none"])
 @pytest.mark.parametrize(("gelu", "is_added"), [(None, False), ("none", False), ("tanh", False), (None, True)])
 def test_results(gelu, is_added, has_bias, dtype, either):
     need_fused(dtype)
-    if either == "kernels" and dtype != torch.float32:
-        pytest.skip("the kernels are for float32")
     x, weight, bias, residual = draw(dtype)
     given = (x, weight, bias if has_bias else None, gelu, residual if is_added else None)
     before = residual.clone()

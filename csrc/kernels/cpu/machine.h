@@ -1,4 +1,4 @@
-// What all CPU kernels need from the machine: its instruction set, scratch memory and threads.
+// Gives the CPU kernels the instruction set to use, scratch memory, and tasks on several threads.
 #pragma once
 
 #include <cstdint>
