@@ -4,9 +4,10 @@ F.linear on a CPU writes the bias into the result before the product, and GELU a
 result is traversed three or four times, in as many parallel regions. torch's oneDNN applies bias, GELU and sum to each
 tile while the tile is still in registers, in float32, and rounds once.
 
-In float32 on a CPU with AVX2 and without AVX-512, the ops ``fused_linear`` and ``fused_mlp`` of
-``torch.ops.swinkernels`` take the place of oneDNN for more than one row and weights whose rows are contiguous
-(csrc/kernels/cpu/linear.inl). They have no derivative.
+The ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take the place of
+oneDNN for more than one row and weights whose rows are contiguous, on CPUs where they have been measured to be as fast
+or faster: in float32 with AVX2 and without AVX-512, and in float32 and bfloat16 with AVX-512 and products of bfloat16
+(AVX512_BF16), but without AMX. They have no derivative.
 """
 
 from __future__ import annotations
@@ -69,16 +70,37 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _has_kernels() -> bool:
-    """Return True if the extension's kernels take the place of oneDNN in float32: only where that has been measured."""
+def _dtypes_of_kernels() -> tuple[torch.dtype, ...]:
+    """Return the dtypes in which the extension's kernels take the place of oneDNN: only what has been measured."""
     build = _extension.build
-    return build is not None and build["has_cpu_kernels"] and _extension.ops.cpu_instruction_set() == "avx2"
+    if build is None or not build["has_cpu_kernels"]:
+        return ()
+    instruction_set = _extension.ops.cpu_instruction_set()
+    if instruction_set == "avx512_bf16" and not torch.cpu._is_amx_tile_supported():
+        return torch.float32, torch.bfloat16
+    return (torch.float32,) if instruction_set == "avx2" else ()
 
 
 def _has_kernels_for(x: Tensor, *weights: Tensor) -> bool:
-    """Return True if the kernels run here and are fast: they pad a single row and copy a weight with other strides."""
-    is_float32 = x.dtype == torch.float32
-    return is_float32 and _has_kernels() and x.numel() > x.shape[-1] and all(w.stride(1) == 1 for w in weights)
+    """Return True if the kernels run here and are fast.
+
+    They pad a single row, copy a weight with other strides, and multiply pairs of channels in bfloat16.
+    """
+    return (
+        x.dtype in _dtypes_of_kernels()
+        and x.numel() > x.shape[-1]
+        and all(w.stride(1) == 1 for w in weights)
+        and (
+            not _allows_bfloat16_products()
+            if x.dtype == torch.float32
+            else all(w.shape[1] % 2 == 0 and w.stride(0) % 2 == 0 for w in weights)
+        )
+    )
+
+
+def _allows_bfloat16_products() -> bool:
+    """Return True if the user allows torch to multiply float32 matrices in bfloat16, which oneDNN then does."""
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none") == "bf16"
 
 
 def linear(
@@ -209,7 +231,7 @@ def _is_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
 def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
-        and _has_kernels()  # first, because it takes no time
+        and x.dtype in _dtypes_of_kernels()  # first, because it takes no time
         and _is_fused(x, fc1, fc2)
         and _has_kernels_for(x, fc1[0], fc2[0])
         and x.shape[-1] + fc2[0].shape[0] <= _MOST_CHANNELS

@@ -353,7 +353,7 @@ def _run_with_instruction_set(name: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_instruction_set(name):
     result = _run_with_instruction_set(name)
     if result.returncode == 77:
