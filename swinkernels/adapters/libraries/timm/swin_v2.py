@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block, WindowAttention
 from torch import Tensor
-from torch.nn import functional
 
 from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import child, first_weight, watch
 from swinkernels.adapters.libraries.timm import _blocks
 from swinkernels.adapters.norms import Merging
 from swinkernels.adapters.part import window_attention_part
+from swinkernels.ops._fused_linear import linear
 
 watch(SwinTransformerV2Block, methods=("_attn", "get_attn_mask"))
 watch(WindowAttention)
@@ -58,7 +58,7 @@ def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         qkv = attn.qkv(x)
         qkv += bias  # in place, as in timm: under autocast, the sum has the dtype of the product
         return qkv, bias
-    return functional.linear(x, attn.qkv.weight, bias), bias
+    return linear(x, attn.qkv.weight, bias), bias
 
 
 def _attention(block: AcceleratedSwinTransformerV2Block, x: Tensor) -> Tensor:

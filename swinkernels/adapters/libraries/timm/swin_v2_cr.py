@@ -16,6 +16,7 @@ from torch import Tensor
 from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import child, first_weight, watch
 from swinkernels.adapters.libraries.timm import _blocks
+from swinkernels.adapters.linear_layers import call_linear
 from swinkernels.adapters.norms import Merging
 from swinkernels.adapters.part import window_attention_part
 
@@ -39,7 +40,7 @@ def _arguments(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
 
 def _attention(block: AcceleratedSwinTransformerV2CrBlock, x: Tensor) -> Tensor:
     attn = child(block, "attn")
-    qkv = attn.qkv(x)
+    qkv = call_linear("attn.qkv", child(attn, "qkv"), x)
     bias = attn._relative_positional_encodings().squeeze(0)
     p = _blocks.dropout_p(block) if attn.attn_drop.training else 0.0
     return _blocks.attend(block, qkv, p, bias=bias, **_arguments(block))
