@@ -25,7 +25,7 @@ from torch import Tensor
 import swinkernels
 from swinkernels.testing import Judged, judge_window_attention, run_case
 from swinkernels.testing import WindowAttentionCase as Case
-from tests.support.attention_cases import MIN_ELEMENTS, draw_case, elements
+from tests.support.attention_cases import draw_case, elements, with_enough_images
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (*range(1, 41), 8, 16, 24, 32, 32, 48, 64, 96, 127, 128)
@@ -142,11 +142,7 @@ def _draw_case(rng: random.Random) -> Case:
     longest, beyond, most = KINDS[kind]
     while True:
         case = draw_case(rng, longest=longest, beyond=beyond, head_dims=HEAD_DIMS, small_cosine=True)
-        tokens = math.prod(case.window_tuple)
-        # Add images until there are enough rows to average over.
-        rows = math.prod(case.size) * case.num_heads
-        batch = max(case.batch, -(-MIN_ELEMENTS // (rows * case.head_dim)), -(-MIN_ROWS // rows))
-        case = dataclasses.replace(case, batch=batch)
+        case, tokens = with_enough_images(case, MIN_ROWS), math.prod(case.window_tuple)
         if max(_scores(case), elements(case)) <= most and (kind != "long" or LONG < tokens <= 1024):
             break
     if rng.random() < 0.1:

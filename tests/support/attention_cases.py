@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Sequence
 
 import torch
-from hypothesis import assume
 from hypothesis import strategies as st
 
 from swinkernels.ops._arguments import MAX_WINDOW_VOLUME
@@ -24,18 +24,23 @@ def draw_case(
     beyond: int = 3,
     most: int = 3,
     head_dims: Sequence[int] = range(1, 41),
+    tokens: int = MAX_WINDOW_VOLUME,
+    cosine: bool = True,
     small_cosine: bool = False,
 ) -> Case:
-    """Draw a case with windows of up to ``longest`` tokens per axis, maps of up to two windows plus ``beyond`` tokens,
-    and up to ``most`` images and heads.
+    """Draw a case with windows of up to ``longest`` tokens per axis and ``tokens`` tokens, maps of up to two windows
+    plus ``beyond`` tokens per axis, and up to ``most`` images and heads.
 
-    Unless ``small_cosine`` is set, cosine attention (v2) has windows of 16 tokens or more, maps at least as long as the
-    window on each axis, and heads of four channels or more.
+    Without ``cosine``, no case has cosine attention (v2). Unless ``small_cosine`` is set, cosine attention has windows
+    of 16 tokens or more, maps at least as long as the window on each axis, and heads of four channels or more.
     """
     rank = rng.randint(2, 3)
-    has_logit_scale = rng.random() < 0.5
+    has_logit_scale = rng.random() < 0.5 and cosine
     is_large = has_logit_scale and not small_cosine
-    window = tuple(rng.randint(6 - rank if is_large else 1, longest) for _ in range(rank))
+    shortest, window = 6 - rank if is_large else 1, ()
+    for axis in range(rank):
+        left = tokens // (math.prod(window) * shortest ** (rank - 1 - axis))  # for this axis, if later ones are short
+        window += (rng.randint(shortest, min(longest, left)),)
     key_window = tuple(w + 2 * rng.randint(0, 2) for w in window)
     has_key_window = rng.randint(0, 4) == 0 and key_window != window and math.prod(key_window) <= MAX_WINDOW_VOLUME
     grid = rng.randint(0, 3) == 0 and not has_key_window
@@ -105,13 +110,17 @@ def elements(case: Case) -> int:
     return case.batch * math.prod(case.size) * case.num_heads * case.head_dim
 
 
+def with_enough_images(case: Case, min_rows: int = 1) -> Case:
+    """Return ``case`` with as many images as its output needs for MIN_ELEMENTS elements and ``min_rows`` rows."""
+    rows = math.prod(case.size) * case.num_heads
+    batch = max(case.batch, -(-MIN_ELEMENTS // (rows * case.head_dim)), -(-min_rows // rows))
+    return dataclasses.replace(case, batch=batch)
+
+
 @st.composite
-def cases(draw, *, longest: int = 6, beyond: int = 3, most: int = 3, head_dims: Sequence[int] = range(1, 41)) -> Case:
-    """Draw cases as :func:`draw_case` does, but with Hypothesis, which shrinks a failing case."""
-    rng = draw(st.randoms(use_true_random=False))
-    case = draw_case(rng, longest=longest, beyond=beyond, most=most, head_dims=head_dims)
-    assume(elements(case) >= MIN_ELEMENTS)
-    return case
+def cases(draw, **limits) -> Case:
+    """Draw cases as :func:`draw_case` does with ``limits``, but with Hypothesis, which shrinks a failing case."""
+    return with_enough_images(draw_case(draw(st.randoms(use_true_random=False)), **limits))
 
 
 def all_ops() -> set[str]:
