@@ -6,6 +6,7 @@ In CI, Hypothesis draws the same examples every time. Opt-in fixtures replace ke
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import time
@@ -67,6 +68,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.shard:
         first, count = map(int, session.config.option.shard.split("/"))
         session.items[:] = session.items[first::count]
+    # Otherwise, Python's collector visits all imported libraries and collected tests a hundred times.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

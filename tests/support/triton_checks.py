@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -118,6 +119,8 @@ def main() -> None:
     os.dup2(2, 1)  # a check's output must not be read as an answer
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is NaN, as in the parent process
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     for line in sys.stdin:
         module, name = json.loads(line)
         failure = None
