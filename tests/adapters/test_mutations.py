@@ -23,17 +23,18 @@ def test_no_difference(first):
     assert not any(found), "\n".join(filter(None, found))
 
 
+# The search for an edit that makes the difference begins at ``first``, because drawing 1,000 edits takes almost a second.
 @pytest.mark.parametrize(
-    ("edit", "family", "owner", "name", "answer"),
+    ("edit", "family", "owner", "name", "answer", "first"),
     [
-        ("global hook", "timm", bypass, "all_modules_have_hooks", False),
-        ("forward hook", "torchvision", bypass, "has_own_hooks", False),
-        ("assigned buffer", "MONAI", masks, "_compare", True),
-        ("changed buffer", "timm v2", masks, "_compare", True),
+        ("global hook", "timm", bypass, "all_modules_have_hooks", False, 13_670),
+        ("forward hook", "torchvision", bypass, "has_own_hooks", False, 1810),
+        ("assigned buffer", "MONAI", masks, "_compare", True, 1640),
+        ("changed buffer", "timm v2", masks, "_compare", True, 4150),
     ],
 )
-def test_what_is_not_looked_at_is_found(monkeypatch, edit, family, owner, name, answer):
+def test_what_is_not_looked_at_is_found(monkeypatch, edit, family, owner, name, answer, first):
     monkeypatch.setattr(owner, name, lambda *args: answer)
-    drawn = ((number, mutations.draw(SEED, number)) for number in range(40_000))
+    drawn = ((number, mutations.draw(SEED, number)) for number in range(first, first + 40_000))
     of_kind = (n for n, m in drawn if m.family == family and edit in m.kind.split(" + ") and not m.afterwards)
     assert any(mutations.check(SEED, number) for number in itertools.islice(of_kind, 25))
