@@ -23,7 +23,7 @@ def test_no_difference(first):
     assert not any(found), "\n".join(filter(None, found))
 
 
-# The search for an edit that makes the difference begins at ``first``, because drawing 1,000 edits takes almost a second.
+# The search for an edit begins at ``first``, because drawing a thousand edits takes most of a second.
 @pytest.mark.parametrize(
     ("edit", "family", "owner", "name", "answer", "first"),
     [
