@@ -37,12 +37,21 @@ inline DType dtype_of(const Tensor& x) {
 }
 
 // Returns the address of x's elements. Sharding and offloading free the memory of a parameter that is not in use, but the
-// tensor keeps its shape; then this function raises an error.
+// tensor keeps its shape and its offset in the memory; then this function raises an error.
 inline const void* data_of(const Tensor& x) {
   const void* data = x.const_data_ptr();
-  STD_TORCH_CHECK(data != nullptr || x.numel() == 0, "swinkernels: the memory of a tensor of ", x.numel(),
+  int64_t offset = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(x.get(), &offset));
+  const bool has_memory = reinterpret_cast<uintptr_t>(data) != offset * static_cast<uintptr_t>(x.element_size());
+  STD_TORCH_CHECK(has_memory || x.numel() == 0, "swinkernels: the memory of a tensor of ", x.numel(),
                   " elements has been freed, for example by sharding or offloading: load it before the call");
   return data;
+}
+
+// Returns x itself if it is contiguous, else a copy.
+inline Tensor as_contiguous(const Tensor& x) {
+  data_of(x);  // torch would read freed memory
+  return torch::stable::contiguous(x);
 }
 
 #ifndef SWINKERNELS_WITHOUT_CPU
@@ -55,7 +64,7 @@ inline void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), v
 inline bool is_readable(const Tensor& x, int64_t alignment) {
   const int64_t item = static_cast<int64_t>(x.element_size()), last = x.dim() - 1;
   if (x.size(last) != 1 && x.stride(last) != 1) return false;
-  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment != 0) return false;
+  if (reinterpret_cast<uintptr_t>(data_of(x)) % alignment != 0) return false;
   for (int64_t i = 0; i < last; ++i) {
     if (x.size(i) != 1 && x.stride(i) * item % alignment != 0) return false;
   }
@@ -65,7 +74,7 @@ inline bool is_readable(const Tensor& x, int64_t alignment) {
 // Returns x itself if the kernels can read it in place, else a copy.
 inline Tensor readable(const Tensor& x, int64_t alignment) {
   if (is_readable(x, alignment)) return x;
-  Tensor copy = torch::stable::contiguous(x);
+  Tensor copy = as_contiguous(x);
   return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // x was contiguous, but not aligned
 }
 
@@ -75,7 +84,7 @@ inline Tensor with_regular_tokens(const Tensor& x, int64_t rank) {
   int64_t expected = -1;
   for (int64_t axis = rank; axis > 0; --axis) {
     if (x.size(axis) == 1) continue;  // the stride of an axis with one token is never used
-    if (expected >= 0 && x.stride(axis) != expected) return torch::stable::contiguous(x);
+    if (expected >= 0 && x.stride(axis) != expected) return as_contiguous(x);
     expected = x.stride(axis) * x.size(axis);
   }
   return x;
@@ -83,8 +92,8 @@ inline Tensor with_regular_tokens(const Tensor& x, int64_t rank) {
 
 // Returns x itself if it is contiguous and its address is a multiple of `alignment` bytes, else a copy.
 inline Tensor packed(const Tensor& x, int64_t alignment) {
-  if (!x.is_contiguous()) return torch::stable::contiguous(x);
-  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment == 0 ? x : torch::stable::clone(x);
+  if (!x.is_contiguous()) return as_contiguous(x);
+  return reinterpret_cast<uintptr_t>(data_of(x)) % alignment == 0 ? x : torch::stable::clone(x);
 }
 
 // Equivalent to torch::stable::new_empty, but takes less than half the time, because the op is not looked up by name.

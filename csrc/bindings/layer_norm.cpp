@@ -130,7 +130,7 @@ DType prepare_parameter(OptionalTensor& parameter, const LayerNormRows& rows) {
   if (!parameter) return DType::kFloat32;
   STD_TORCH_CHECK(parameter->numel() == rows.length, "swinkernels: weight and bias must have ", rows.length,
                   " elements");
-  *parameter = torch::stable::contiguous(*parameter);
+  *parameter = as_contiguous(*parameter);
   return dtype_of(*parameter);
 }
 
@@ -140,7 +140,7 @@ void prepare_drop_path(Params& p, OptionalTensor& scale, const Tensor& x) {
   if (!scale) return;
   STD_TORCH_CHECK(x.dim() > 1 && scale->scalar_type() == ScalarType::Float && scale->numel() == x.size(0),
                   "swinkernels: drop_path_scale must be float32, one value for each sample of x (B, ..., C)");
-  *scale = torch::stable::contiguous(*scale);
+  *scale = as_contiguous(*scale);
   p.drop_path_scale = static_cast<const float*>(data_of(*scale));
   p.rows_per_sample = p.rows.count / std::max<int64_t>(1, x.size(0));
 }
@@ -187,8 +187,8 @@ std::tuple<Tensor, Tensor> launch_backward(LayerNormBackwardParams& p, const Ten
   STD_TORCH_CHECK(mean.numel() == p.rows.count && rstd.numel() == p.rows.count &&
                       mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float,
                   "swinkernels: mean and rstd must be float32, one value for each row");
-  mean = torch::stable::contiguous(mean);
-  rstd = torch::stable::contiguous(rstd);
+  mean = as_contiguous(mean);
+  rstd = as_contiguous(rstd);
   p.mean = static_cast<const float*>(data_of(mean));
   p.rstd = static_cast<const float*>(data_of(rstd));
   p.dweight = floats(dweight);

@@ -46,7 +46,7 @@ cpu::LinearLayer layer_of(Tensor& weight, OptionalTensor& bias, int64_t in_featu
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0),
                     "swinkernels: a bias must have one value for each row of its weight");
-    if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
+    if (!bias->is_contiguous()) bias = as_contiguous(*bias);
   }
   return {data(weight, dtype), bias ? data(*bias, dtype) : nullptr, in_features, weight.size(0), weight.stride(0)};
 }
@@ -62,7 +62,7 @@ struct Rows {
     shape.push_back(out_features);
     if (residual) {
       STD_TORCH_CHECK(sizes(*residual, residual->dim()) == shape, "swinkernels: residual must have the result's shape");
-      if (!residual->is_contiguous()) residual = torch::stable::contiguous(*residual);
+      if (!residual->is_contiguous()) residual = as_contiguous(*residual);
     }
     out = new_empty(x, shape);
   }

@@ -90,7 +90,7 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
 // the copy alive.
 void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& spec, int64_t rank) {
   for (OptionalTensor* x : {&t.bias_table, &t.bias, &t.logit_scale, &t.pad_qkv, &t.region_map, &t.dropout_seed}) {
-    if (*x && !(*x)->is_contiguous()) *x = torch::stable::contiguous(**x);
+    if (*x && !(*x)->is_contiguous()) *x = as_contiguous(**x);
   }
   const WindowGeometry& g = p.geometry;
   p.bias_types = 1;
@@ -223,7 +223,7 @@ struct WindowAttention {
     const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
     for (Tensor& x : xs) x = in_place_or_copied(x, rank(x), alignment, spec);
     dout = in_place_or_copied(dout, rank(xs[0]), alignment, spec);
-    if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);
+    if (!lse.is_contiguous()) lse = as_contiguous(lse);
     const Tensor& x = xs[0];
     WindowAttentionBackwardParams p{};
     fill(p.forward, x, rank(x), spec);

@@ -188,6 +188,9 @@ def test_results_do_not_depend_on_threads_or_other_rows(dtype):
     for rows in (slice(5, 6), slice(100, 333)):
         assert torch.equal(OPS.fused_linear(x[rows], w1, b1, None, "none"), results[0][0][rows])
         assert torch.equal(OPS.fused_mlp(x[rows], w1, b1, w2, b2, x[rows], "none"), results[0][1][rows])
+    tiny = x * 1e-39  # subnormal, and so are the results
+    y = OPS.fused_linear(tiny, w1[:96], None, tiny, "")
+    assert torch.equal(OPS.fused_linear(tiny[:3], w1[:96], None, tiny[:3], ""), y[:3])
 
 
 def test_wrong_arguments():
@@ -209,11 +212,18 @@ def test_wrong_arguments():
         _fused_linear._LINEAR_OP(x.requires_grad_(), weight, bias, None, "").sum().backward()
 
 
+def every_second(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+@pytest.mark.parametrize("placed", [torch.clone, at_odd_address, every_second])
 @pytest.mark.parametrize("index", range(6))
-def test_freed_memory(index):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_freed_memory(dtype, index, placed):
     """A tensor whose memory was freed, as sharding and offloading do with parameters, raises an error."""
-    (w1, b1), (w2, b2) = layer(24, 40, seed=1), layer(40, 24, seed=5)
-    tensors = [draw(30, 24), w1, b1, w2, b2, draw(30, 24, seed=2)]
+    (w1, b1), (w2, b2) = layer(24, 40, seed=1, dtype=dtype), layer(40, 24, seed=5, dtype=dtype)
+    tensors = [draw(30, 24, dtype=dtype), w1, b1, w2, b2, draw(30, 24, seed=2, dtype=dtype)]
+    tensors[index] = placed(tensors[index])
     tensors[index].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has been freed"):
         OPS.fused_mlp(*tensors, "none")

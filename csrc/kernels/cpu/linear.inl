@@ -269,7 +269,9 @@ void unpack(const LinearLayer& layer, int64_t first, int64_t count, const float*
           load_row<Format>(residual + offset, channels, added);
           store(part[r], load(added) + load(part[r]));
         }
-        store_row<Format>(part[r], channels, 1.0f, out + offset);
+        Element narrowed[kLanes];
+        store_elements(narrowed, load(part[r]));
+        for (int64_t i = 0; i < channels; ++i) out[offset + i] = narrowed[i];
       }
     }
   }
