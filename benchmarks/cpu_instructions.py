@@ -262,12 +262,8 @@ def count(arch: str) -> list[dict[str, Any]]:
     if arch == "avx512":
         loops = {
             prefix + name: sizes
-            for prefix, stem in (
-                ("", "window_attention_avx512"),
-                ("linear ", "linear_avx512"),
-                ("linear bfloat16 ", "linear_avx512_bf16"),
-            )
-            for name, sizes in count_loops(OBJECTS / f"{stem}.o").items()
+            for prefix, stem in (("", "window_attention"), ("linear ", "linear"))
+            for name, sizes in count_loops(OBJECTS / f"{stem}_{arch}.o").items()
         }
         return [
             _row(arch, name, case, Counter({name: number}), of)

@@ -101,12 +101,12 @@ void run(const LinearCall& call) {
   std::vector<float> y(residual.size());
   if (hidden == 0) {
     const cpu::LinearLayer layer{first.data(), bias.data(), in, out, in};
-    const cpu::LinearParams p{x.data(), residual.data(), y.data(), rows, in, layer, activation, DType::kFloat32};
+    const cpu::LinearParams p{x.data(), residual.data(), y.data(), rows, in, layer, activation};
     return measure([&] { cpu::linear_forward(p, one_thread); });
   }
   const cpu::LinearLayer fc1{first.data(), bias.data(), in, hidden, in},
       fc2{second.data(), bias.data(), hidden, out, hidden};
-  const cpu::MlpParams p{x.data(), residual.data(), y.data(), rows, in, fc1, fc2, activation, DType::kFloat32};
+  const cpu::MlpParams p{x.data(), residual.data(), y.data(), rows, in, fc1, fc2, activation};
   measure([&] { cpu::mlp_forward(p, one_thread); });
 }
 

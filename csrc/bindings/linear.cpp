@@ -21,34 +21,22 @@ cpu::Activation activation_of(const std::string& gelu) {
   return gelu == "tanh" ? cpu::Activation::kGeluTanh : cpu::Activation::kGelu;
 }
 
-// Returns the dtype of x, which the kernels read in pieces of kUnit bytes.
-constexpr int64_t kUnit = 4;
-DType dtype_of_rows(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "swinkernels: the kernels of Linear layers need float32 or bfloat16");
-  return dtype_of(x);
-}
-
-const void* data(const Tensor& x, DType dtype) {
-  STD_TORCH_CHECK(dtype_of_rows(x) == dtype, "swinkernels: x, weights, biases and residual must have the same dtype");
-  return data_of(x);
+const float* data(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "swinkernels: the kernels of Linear layers need float32");
+  return static_cast<const float*>(data_of(x));
 }
 
 // Replaces the weight and the bias by copies if the kernels cannot read them in place.
-cpu::LinearLayer layer_of(Tensor& weight, OptionalTensor& bias, int64_t in_features, DType dtype) {
+cpu::LinearLayer layer_of(Tensor& weight, OptionalTensor& bias, int64_t in_features) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in_features,
                   "swinkernels: a weight must have as many columns as its input");
-  STD_TORCH_CHECK(dtype == DType::kFloat32 || in_features % 2 == 0,
-                  "swinkernels: in bfloat16, a Linear layer must have an even number of input channels, got ",
-                  in_features);
-  weight = readable(weight, kUnit);
+  if (weight.stride(1) != 1) weight = as_contiguous(weight);
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0),
                     "swinkernels: a bias must have one value for each row of its weight");
     if (!bias->is_contiguous()) bias = as_contiguous(*bias);
   }
-  return {data(weight, dtype), bias ? data(*bias, dtype) : nullptr, in_features, weight.size(0), weight.stride(0)};
+  return {data(weight), bias ? data(*bias) : nullptr, in_features, weight.size(0), weight.stride(0)};
 }
 
 // The input, the residual and the output of a call, as the kernels read and write them.
@@ -57,7 +45,7 @@ struct Rows {
   OptionalTensor residual;
 
   Rows(Tensor given, OptionalTensor added, int64_t out_features) : x(std::move(given)), residual(std::move(added)) {
-    x = packed(x, kUnit);
+    if (!x.is_contiguous()) x = as_contiguous(x);
     std::vector<int64_t> shape = sizes(x, x.dim() - 1);
     shape.push_back(out_features);
     if (residual) {
@@ -69,9 +57,9 @@ struct Rows {
 
   template <class Params>
   void fill(Params& p) {
-    p.x = data(x, p.dtype);
-    p.residual = residual ? data(*residual, p.dtype) : nullptr;
-    p.out = out.mutable_data_ptr();
+    p.x = data(x);
+    p.residual = residual ? data(*residual) : nullptr;
+    p.out = static_cast<float*>(out.mutable_data_ptr());
     p.x_stride = x.size(x.dim() - 1);
     p.rows = out.numel() == 0 ? 0 : out.numel() / out.size(out.dim() - 1);
   }
@@ -79,8 +67,7 @@ struct Rows {
 
 Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, std::string gelu) {
   cpu::LinearParams p{};
-  p.dtype = dtype_of_rows(x);
-  p.layer = layer_of(weight, bias, x.size(x.dim() - 1), p.dtype);
+  p.layer = layer_of(weight, bias, x.size(x.dim() - 1));
   p.activation = activation_of(gelu);
   Rows rows(std::move(x), std::move(residual), p.layer.out_features);
   rows.fill(p);
@@ -91,9 +78,8 @@ Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor
 Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc2_weight, OptionalTensor fc2_bias,
                  OptionalTensor residual, std::string gelu) {
   cpu::MlpParams p{};
-  p.dtype = dtype_of_rows(x);
-  p.fc1 = layer_of(fc1_weight, fc1_bias, x.size(x.dim() - 1), p.dtype);
-  p.fc2 = layer_of(fc2_weight, fc2_bias, p.fc1.out_features, p.dtype);
+  p.fc1 = layer_of(fc1_weight, fc1_bias, x.size(x.dim() - 1));
+  p.fc2 = layer_of(fc2_weight, fc2_bias, p.fc1.out_features);
   p.activation = activation_of(gelu);
   Rows rows(std::move(x), std::move(residual), p.fc2.out_features);
   rows.fill(p);

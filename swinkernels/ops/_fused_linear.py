@@ -4,10 +4,9 @@ F.linear on a CPU writes the bias into the result before the product, and GELU a
 result is traversed three or four times, in as many parallel regions. torch's oneDNN applies bias, GELU and sum to each
 tile while the tile is still in registers, in float32, and rounds once.
 
-The ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take the place of
-oneDNN for more than one row and weights whose rows are contiguous, on CPUs where they have been measured to be as fast
-or faster: in float32 with AVX2 and without AVX-512, and in float32 and bfloat16 with AVX-512 and products of bfloat16
-(AVX512_BF16), but without AMX. They have no derivative.
+In float32, the ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take
+the place of oneDNN for more than one row and weights whose rows are contiguous, on CPUs with AVX2 but without AVX-512
+and on CPUs with AVX512_BF16 but without AMX, such as AMD's Zen 4. They have no derivative.
 """
 
 from __future__ import annotations
@@ -70,32 +69,23 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _dtypes_of_kernels() -> tuple[torch.dtype, ...]:
-    """Return the dtypes in which the extension's kernels take the place of oneDNN: only what has been measured."""
+def _has_kernels() -> bool:
+    """Return True if the extension's kernels take the place of oneDNN in float32: only where that has been measured.
+
+    With AVX-512 it has been measured on AMD's Zen 4, which has AVX512_BF16 but not AMX.
+    """
     build = _extension.build
     if build is None or not build["has_cpu_kernels"]:
-        return ()
+        return False
     instruction_set = _extension.ops.cpu_instruction_set()
-    if instruction_set == "avx512_bf16" and not torch.cpu._is_amx_tile_supported():
-        return torch.float32, torch.bfloat16
-    return (torch.float32,) if instruction_set == "avx2" else ()
+    is_zen = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return instruction_set == "avx2" or (instruction_set == "avx512" and is_zen)
 
 
 def _has_kernels_for(x: Tensor, *weights: Tensor) -> bool:
-    """Return True if the kernels run here and are fast.
-
-    They pad a single row, copy a weight with other strides, and multiply pairs of channels in bfloat16.
-    """
-    return (
-        x.dtype in _dtypes_of_kernels()
-        and x.numel() > x.shape[-1]
-        and all(w.stride(1) == 1 for w in weights)
-        and (
-            not _allows_bfloat16_products()
-            if x.dtype == torch.float32
-            else all(w.shape[1] % 2 == 0 and w.stride(0) % 2 == 0 for w in weights)
-        )
-    )
+    """Return True if the kernels run here and are fast: they pad a single row and copy a weight with other strides."""
+    is_float32 = x.dtype == torch.float32 and not _allows_bfloat16_products()
+    return is_float32 and _has_kernels() and x.numel() > x.shape[-1] and all(w.stride(1) == 1 for w in weights)
 
 
 def _allows_bfloat16_products() -> bool:
@@ -231,7 +221,7 @@ def _is_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
 def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
-        and x.dtype in _dtypes_of_kernels()  # first, because it takes no time
+        and _has_kernels()  # first, because it takes no time
         and _is_fused(x, fc1, fc2)
         and _has_kernels_for(x, fc1[0], fc2[0])
         and x.shape[-1] + fc2[0].shape[0] <= _MOST_CHANNELS

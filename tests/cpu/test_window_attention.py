@@ -353,7 +353,7 @@ def _run_with_instruction_set(name: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
 def test_instruction_set(name):
     if name == torch.ops.swinkernels.cpu_instruction_set():
         pytest.skip("the other tests use these kernels")

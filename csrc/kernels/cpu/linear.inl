@@ -1,78 +1,27 @@
-// Linear layers, and MLPs of two with GELU between them, for one instruction set and dtype; see simd.inl for how this is
-// compiled. Before it includes this file, a source file also defines
-//   SWINKERNELS_KERNELS            the name of the table of kernels
-//   SWINKERNELS_LINEAR_FORMAT      Float32 or BFloat16, the format of x, weights, biases, residual and result
-//   SWINKERNELS_BFLOAT16_PRODUCTS  defined if <immintrin.h> has products of bfloat16 for such vectors
+// Linear layers in float32, and MLPs of two with GELU between them, for one instruction set; see simd.inl for how this
+// is compiled.
 //
-// Units     A unit is the 4 bytes of a row that one multiplication reads: one float32 channel, or two bfloat16 channels,
-//           whose two products it adds. The kernels handle units as floats. Sums, GELU and the bias are float32.
-// Layout    A panel is up to kPanelRows rows of a map, transposed, so that each vector holds one unit of kLanes rows.
-//           A product multiplies vectors of the panel of x by single units of the weight and yields a panel of sums,
-//           one float per channel: a weight is read where it lies and needs no other layout. In an MLP the panel of
-//           fc1's result, converted to units, is the one that fc2 reads. Only x and the final result are transposed,
-//           kLanes rows and units at a time.
+// Layout    A panel is up to kPanelRows rows of a map, transposed, so that each vector holds one channel of kLanes rows.
+//           A product multiplies vectors of the panel of x by single elements of the weight and yields a panel of the
+//           result: a weight is read where it lies and needs no other layout. In an MLP the panel of fc1's result is
+//           the one that fc2 reads. Only x and the final result are transposed, kLanes rows and channels at a time.
+// Tail      The last vector of the last panel would often be nearly empty: 49 rows are three vectors of 16 and one row. If
+//           at most kMaxTail rows are left, they are multiplied with the weight's rows in the lanes instead, by
+//           transposing the weight in registers. That takes about a third of the time for one row of 16 lanes.
 // Tiling    The rows are divided into blocks, whose panels share each slice of the weight, kColumns by kDepth, while the
-//           slice is in L2 and a panel's part of kDepth units in L1. An MLP computes kHidden hidden channels of a
+//           slice is in L2 and a panel's part of kDepth channels in L1. An MLP computes kHidden hidden channels of a
 //           block at a time, so that its hidden layer stays in the cache. If there are few blocks, a Linear layer's
 //           columns are divided into tasks, too.
-// Work      One multiplication and addition for each row and unit of the weights, with the rows rounded up to whole
+// Work      One multiplication and addition for each row and element of the weights, with the rows rounded up to whole
 //           vectors. With 8 lanes, that takes 0.25 instructions each; the transposes and the bias take about 1 instruction
-//           per unit of x and 3 per channel of the result, and GELU 6.
+//           per element of x and 3 per element of the result, and GELU 6.
 #include "arena.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
 
-using Format = SWINKERNELS_LINEAR_FORMAT;
-using Element = Format::Element;
-constexpr int64_t kChannels = sizeof(float) / sizeof(Element);  // in a unit
-
-#ifdef SWINKERNELS_BFLOAT16_PRODUCTS
-SWINKERNELS_INLINE HalfBits narrow(Vec x) { return (HalfBits)_mm512_cvtneps_pbh((__m512)x); }
-#else
-SWINKERNELS_INLINE auto narrow(Vec x) { return Format::narrow(x); }
-#endif
-SWINKERNELS_INLINE Vec load_elements(const Element* p) {
-  return Format::widen(*reinterpret_cast<const Format::Memory*>(p));
-}
-SWINKERNELS_INLINE void store_elements(Element* p, Vec x) { *reinterpret_cast<Format::Memory*>(p) = narrow(x); }
-
-[[maybe_unused]] SWINKERNELS_INLINE float widen(float x) { return x; }
-[[maybe_unused]] SWINKERNELS_INLINE float widen(uint16_t bfloat16) {
-  const uint32_t bits = uint32_t{bfloat16} << 16;
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-// Products of units in bfloat16.
-struct PairProducts {
-  static SWINKERNELS_INLINE Vec low(Vec units) { return (Vec)((Bits)units << 16); }
-  static SWINKERNELS_INLINE Vec high(Vec units) { return (Vec)((Bits)units & 0xffff0000u); }
-  static SWINKERNELS_INLINE Vec add(Vec sums, Vec a, Vec b) {
-#ifdef SWINKERNELS_BFLOAT16_PRODUCTS
-    return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-#else
-    return sums + low(a) * low(b) + high(a) * high(b);
-#endif
-  }
-};
-
-template <int64_t kUnitChannels>
-struct Units {  // of bfloat16
-  using Products = PairProducts;
-  // Returns units whose channels are x[0] and x[1].
-  static SWINKERNELS_INLINE Vec of(const Vec (&x)[2]) {
-    return (Vec)(__builtin_convertvector(narrow(x[0]), Bits) | __builtin_convertvector(narrow(x[1]), Bits) << 16);
-  }
-};
-template <>
-struct Units<1> {  // of float32
-  using Products = Float32Products;
-  static SWINKERNELS_INLINE Vec of(const Vec (&x)[1]) { return x[0]; }
-};
-
 constexpr int64_t kPanelRows = kTileVectors * kLanes;
+constexpr int64_t kMaxTail = kLanes / 4;
 constexpr int64_t kMaxBlockRows = 128;
 constexpr int64_t kMaxBlockFloats = 512 << 10;  // of x, for a Linear layer with many input channels
 constexpr int64_t kColumns = 48;                // a multiple of the tiles' heights and of kLanes
@@ -94,13 +43,15 @@ struct Blocks {
   }
 };
 
-// The rows of one block. The last of its panels may have fewer rows.
+// The rows of one block: those of its panels, of which the last may have fewer, and the tail.
 struct Block {
-  int64_t first, rows, panels;
+  int64_t first, rows, tail, panels;
 
   Block(const Blocks& blocks, int64_t index) {
     first = index * blocks.size;
-    rows = smaller(blocks.size, blocks.rows - first);
+    const int64_t all = smaller(blocks.size, blocks.rows - first), over = all % kLanes;
+    tail = over <= kMaxTail ? over : 0;
+    rows = all - tail;
     panels = (rows + kPanelRows - 1) / kPanelRows;
   }
   int64_t rows_of(int64_t panel) const { return smaller(kPanelRows, rows - panel * kPanelRows); }
@@ -108,33 +59,36 @@ struct Block {
   int64_t width_of(int64_t panel) const { return round_up(rows_of(panel), kLanes); }
 };
 
-// Memory for the panels of a block, each of which has this many units or float32 channels.
+// Memory for the panels of a block, each of which has this many channels, and for the tail, which is not transposed.
 struct Panels {
-  float* data;
-  int64_t height;
+  float *data, *tail;
+  int64_t channels, tail_stride;
 
-  Panels(const Blocks& blocks, int64_t panel_height, Arena& arena) : height(panel_height) {
-    data = arena.take<float>(blocks.size * height);
+  Panels(const Blocks& blocks, int64_t all_channels, Arena& arena)
+      : channels(all_channels), tail_stride(round_up(all_channels, kLanes)) {
+    data = arena.take<float>(blocks.size * channels);
+    tail = arena.take<float>(kMaxTail * tail_stride);
   }
-  float* at(int64_t panel) const { return data + panel * kPanelRows * height; }
+  float* at(int64_t panel) const { return data + panel * kPanelRows * channels; }
+  float* tail_row(int64_t row) const { return tail + row * tail_stride; }
 };
 
-// panel (units, width) = the transpose of x (rows, units), whose rows are `stride` units apart.
-void pack(const float* x, int64_t stride, int64_t rows, int64_t units, float* panel) {
-  const int64_t width = round_up(rows, kLanes), whole = units / kLanes * kLanes;
+// panel (channels, width) = the transpose of x (rows, channels), whose rows are `stride` apart.
+void pack(const float* x, int64_t stride, int64_t rows, int64_t channels, float* panel) {
+  const int64_t width = round_up(rows, kLanes), whole = channels / kLanes * kLanes;
   for (int64_t v = 0; v < width; v += kLanes) {
     const float* from[kLanes];  // the last row takes the place of rows that do not exist
     for (int64_t r = 0; r < kLanes; ++r) from[r] = x + smaller(v + r, rows - 1) * stride;
-    for (int64_t u = 0; u < whole; u += kLanes) {
+    for (int64_t c = 0; c < whole; c += kLanes) {
       Vec block[kLanes];
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) block[r] = load(from[r] + u);
+      for (int r = 0; r < kLanes; ++r) block[r] = load(from[r] + c);
       exchange_rows<1>(block);
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) store(panel + (u + r) * width + v, block[r]);
+      for (int r = 0; r < kLanes; ++r) store(panel + (c + r) * width + v, block[r]);
     }
-    for (int64_t u = whole; u < units; ++u) {
-      for (int64_t r = 0; r < kLanes; ++r) panel[u * width + v + r] = from[r][u];
+    for (int64_t c = whole; c < channels; ++c) {
+      for (int64_t r = 0; r < kLanes; ++r) panel[c * width + v + r] = from[r][c];
     }
   }
 }
@@ -172,27 +126,74 @@ SWINKERNELS_INLINE Vec activate(Vec x, Activation activation) {
   return activation == Activation::kGeluTanh ? gelu_tanh(x) : x;
 }
 
-// Packs a block's rows of x, whose first elements are `stride` elements apart.
-void pack_block(const void* x, int64_t stride, const Block& block, const Panels& panels) {
-  const int64_t units = stride / kChannels;
+// Packs a block's rows of x, which are `stride` apart.
+void pack_block(const float* x, int64_t stride, const Block& block, const Panels& panels) {
   for (int64_t i = 0; i < block.panels; ++i) {
-    const float* rows = static_cast<const float*>(x) + (block.first + i * kPanelRows) * units;
-    pack(rows, units, block.rows_of(i), panels.height, panels.at(i));
+    pack(x + (block.first + i * kPanelRows) * stride, stride, block.rows_of(i), panels.channels, panels.at(i));
+  }
+  for (int64_t r = 0; r < block.tail; ++r) {
+    const float* row = x + (block.first + block.rows + r) * stride;
+    for (int64_t c = 0; c < panels.channels; ++c) panels.tail_row(r)[c] = row[c];
   }
 }
 
-// Multiplies `count` rows of the weight from row `first` on, and their units [unit, unit + depth), by units [x_unit,
-// x_unit + depth) of each panel of x. The sums are channels [y_channel, y_channel + count) of y, or, if `adds`, are added
-// to them.
-void multiply(const LinearLayer& layer, int64_t first, int64_t count, int64_t unit, int64_t depth, const Block& block,
-              const Panels& x, int64_t x_unit, const Panels& y, int64_t y_channel, bool adds) {
-  const int64_t stride = layer.row_stride / kChannels;
-  const float* weight = static_cast<const float*>(layer.weight) + first * stride + unit;
+// Multiplies `count` rows of a weight, which are `stride` apart, by kRows rows of x, for `depth` channels. Row r of the
+// products is y + r * y_stride and has room for `count` rounded up to whole vectors; if `adds`, the products are added to
+// it. Each sum adds the same products in the same order as in a panel, so a row's result does not depend on its place.
+template <int kRows>
+void multiply_rows(const float* weight, int64_t stride, int64_t count, int64_t depth, const float* x, int64_t x_stride,
+                   float* y, int64_t y_stride, bool adds) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const float* from[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) from[i] = weight + smaller(c + i, count - 1) * stride;
+    Vec sums[kRows] = {};
+    int64_t d = 0;
+    for (; d + kLanes <= depth; d += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(from[i] + d);
+      exchange_rows<1>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) sums[r] += splat(x[r * x_stride + d + i]) * block[i];
+      }
+    }
+    for (; d < depth; ++d) {
+      float column[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) column[i] = from[i][d];
+      for (int r = 0; r < kRows; ++r) sums[r] += splat(x[r * x_stride + d]) * load(column);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      float* at = y + r * y_stride + c;
+      store(at, adds ? sums[r] + load(at) : sums[r]);
+    }
+  }
+}
+
+template <int kRows, class... Arguments>
+SWINKERNELS_INLINE void multiply_tail(int64_t rows, Arguments... arguments) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_tail<kRows - 1>(rows, arguments...);
+  }
+  multiply_rows<kRows>(arguments...);
+}
+
+// Multiplies `count` rows of the weight from row `first` on, and their channels [channel, channel + depth), by channels
+// [x_channel, x_channel + depth) of x. The products are channels [y_channel, y_channel + count) of y, or,
+// if `adds`, are added to them.
+void multiply(const LinearLayer& layer, int64_t first, int64_t count, int64_t channel, int64_t depth,
+              const Block& block, const Panels& x, int64_t x_channel, const Panels& y, int64_t y_channel, bool adds) {
+  const float* weight = layer.weight + first * layer.row_stride + channel;
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t width = block.width_of(i);
     float* sums = y.at(i) + y_channel * width;
-    matmul<false, Units<kChannels>::Products>(count, width, depth, weight, stride, x.at(i) + x_unit * width, width,
-                                              adds ? sums : nullptr, sums, width);
+    matmul<false>(count, width, depth, weight, layer.row_stride, x.at(i) + x_channel * width, width,
+                  adds ? sums : nullptr, sums, width);
+  }
+  if (block.tail > 0) {
+    multiply_tail<kMaxTail>(block.tail, weight, layer.row_stride, count, depth, x.tail + x_channel, x.tail_stride,
+                            y.tail + y_channel, y.tail_stride, adds);
   }
 }
 
@@ -202,32 +203,51 @@ void multiply_all(const LinearLayer& layer, int64_t first, int64_t count, const 
   for (int64_t c = 0; c < count; c += kColumns) {
     int64_t d = 0;
     do {  // once if there are no input channels
-      const int64_t depth = smaller(kDepth, x.height - d);
+      const int64_t depth = smaller(kDepth, layer.in_features - d);
       multiply(layer, first + c, smaller(kColumns, count - c), d, depth, block, x, d, y, c, d > 0);
       d += kDepth;
-    } while (d < x.height);
+    } while (d < layer.in_features);
   }
 }
 
 SWINKERNELS_INLINE Vec bias_of(const LinearLayer& layer, int64_t channel) {
-  return splat(layer.bias == nullptr ? 0.0f : widen(static_cast<const Element*>(layer.bias)[channel]));
+  return splat(layer.bias == nullptr ? 0.0f : layer.bias[channel]);
 }
 
-// Replaces channels [0, count) of y, which are the layer's channels from `first` on, by units of activation(y + bias).
+// Returns or stores the first `count` lanes of a vector.
+SWINKERNELS_INLINE Vec load_part(const float* from, int64_t count) {
+  float part[kLanes] = {};
+  load_row<Float32>(from, count, part);
+  return load(part);
+}
+SWINKERNELS_INLINE void store_part(float* to, int64_t count, Vec x) {
+  float part[kLanes];
+  store(part, x);
+  for (int64_t i = 0; i < count; ++i) to[i] = part[i];
+}
+
+// Returns `count` biases from that of `channel` on.
+SWINKERNELS_INLINE Vec biases_of(const LinearLayer& layer, int64_t channel, int64_t count) {
+  return layer.bias == nullptr ? Vec{} : load_part(layer.bias + channel, count);
+}
+
+// y = activation(y + bias), for channels [0, count) of y, which are the layer's channels from `first` on.
 template <Activation kActivation>
 void activate_all(const LinearLayer& layer, int64_t first, int64_t count, const Block& block, const Panels& y) {
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t width = block.width_of(i);
-    for (int64_t c = 0; c < count; c += kChannels) {
-      Vec bias[kChannels];
-      for (int64_t k = 0; k < kChannels; ++k) bias[k] = bias_of(layer, first + c + k);
+    for (int64_t c = 0; c < count; ++c) {
+      const Vec bias = bias_of(layer, first + c);
       for (int64_t v = 0; v < width; v += kLanes) {
-        Vec x[kChannels];
-        for (int64_t k = 0; k < kChannels; ++k) {
-          x[k] = activate(load(y.at(i) + (c + k) * width + v) + bias[k], kActivation);
-        }
-        store(y.at(i) + c / kChannels * width + v, Units<kChannels>::of(x));  // where y has been read already
+        float* at = y.at(i) + c * width + v;
+        store(at, activate(load(at) + bias, kActivation));
       }
+    }
+  }
+  for (int64_t r = 0; r < block.tail; ++r) {
+    for (int64_t c = 0; c < count; c += kLanes) {
+      float* at = y.tail_row(r) + c;
+      store(at, activate(load(at) + biases_of(layer, first + c, smaller(kLanes, count - c)), kActivation));
     }
   }
 }
@@ -236,11 +256,11 @@ void activate_all(const LinearLayer& layer, int64_t first, int64_t count, const 
 // the layer's channels from `first` on. The rows of out and of the residual, which may be null, are `stride` apart. y has
 // room for `count` rounded up to whole vectors.
 template <Activation kActivation>
-void unpack(const LinearLayer& layer, int64_t first, int64_t count, const float* y, int64_t rows,
-            const Element* residual, Element* out, int64_t stride) {
+void unpack(const LinearLayer& layer, int64_t first, int64_t count, const float* y, int64_t rows, const float* residual,
+            float* out, int64_t stride) {
   const int64_t width = round_up(rows, kLanes);
   const auto store_sum = [&](int64_t offset, Vec x) {
-    store_elements(out + offset, residual == nullptr ? x : load_elements(residual + offset) + x);
+    store(out + offset, residual == nullptr ? x : load(residual + offset) + x);
   };
   for (int64_t v = 0; v < width; v += kLanes) {
     const int64_t last = smaller(kLanes, rows - v);
@@ -263,15 +283,10 @@ void unpack(const LinearLayer& layer, int64_t first, int64_t count, const float*
 #pragma GCC unroll 16
       for (int r = 0; r < kLanes; ++r) store(part[r], block[r]);
       for (int64_t r = 0; r < last; ++r) {
-        const int64_t offset = at + r * stride;
-        if (residual != nullptr) {
-          float added[kLanes] = {};
-          load_row<Format>(residual + offset, channels, added);
-          store(part[r], load(added) + load(part[r]));
+        for (int64_t i = 0; i < channels; ++i) {
+          const int64_t offset = at + r * stride + i;
+          out[offset] = residual == nullptr ? part[r][i] : residual[offset] + part[r][i];
         }
-        Element narrowed[kLanes];
-        store_elements(narrowed, load(part[r]));
-        for (int64_t i = 0; i < channels; ++i) out[offset + i] = narrowed[i];
       }
     }
   }
@@ -281,20 +296,26 @@ void unpack(const LinearLayer& layer, int64_t first, int64_t count, const float*
 // [0, count) of y, which are the layer's channels from `first` on.
 template <Activation kActivation>
 void unpack_block(const LinearLayer& layer, int64_t first, int64_t count, const Block& block, const Panels& y,
-                  const void* residual, void* out) {
+                  const float* residual, float* out) {
   const int64_t stride = layer.out_features;
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t at = (block.first + i * kPanelRows) * stride + first;
-    unpack<kActivation>(layer, first, count, y.at(i), block.rows_of(i),
-                        residual == nullptr ? nullptr : static_cast<const Element*>(residual) + at,
-                        static_cast<Element*>(out) + at, stride);
+    unpack<kActivation>(layer, first, count, y.at(i), block.rows_of(i), residual == nullptr ? nullptr : residual + at,
+                        out + at, stride);
+  }
+  for (int64_t r = 0; r < block.tail; ++r) {
+    for (int64_t c = 0; c < count; c += kLanes) {
+      const int64_t at = (block.first + block.rows + r) * stride + first + c, channels = smaller(kLanes, count - c);
+      const Vec x = activate(load(y.tail_row(r) + c) + biases_of(layer, first + c, channels), kActivation);
+      store_part(out + at, channels, residual == nullptr ? x : load_part(residual + at, channels) + x);
+    }
   }
 }
 
 // Returns the number of rows of the largest block: whole panels of at most this many floats and kMaxBlockRows rows, but
-// at least one panel. A row has `row` floats.
-int64_t block_rows(int64_t floats, int64_t row) {
-  const int64_t rows = floats / (row == 0 ? 1 : row) / kPanelRows * kPanelRows;
+// at least one panel.
+int64_t block_rows(int64_t floats, int64_t channels) {
+  const int64_t rows = floats / (channels == 0 ? 1 : channels) / kPanelRows * kPanelRows;
   return rows < kPanelRows ? kPanelRows : smaller(rows, kMaxBlockRows);
 }
 
@@ -305,8 +326,7 @@ struct LinearTasks {
   Blocks blocks;
   int64_t columns, per_block, count;
 
-  explicit LinearTasks(const LinearParams& p)
-      : blocks(p.rows, block_rows(kMaxBlockFloats, p.layer.in_features / kChannels)) {
+  explicit LinearTasks(const LinearParams& p) : blocks(p.rows, block_rows(kMaxBlockFloats, p.layer.in_features)) {
     const int64_t slices = (p.layer.out_features + kColumns - 1) / kColumns;
     const int64_t wanted = 1 + kTasks / (1 + blocks.count);  // tasks of a block, if it has as many slices
     columns = (slices + wanted - 1) / wanted * kColumns;
@@ -319,7 +339,7 @@ struct LinearScratch {
   Panels x, y;
 
   LinearScratch(const LinearParams& p, const Blocks& blocks, Arena& arena)
-      : x(blocks, p.layer.in_features / kChannels, arena), y(blocks, kColumns, arena) {}
+      : x(blocks, p.layer.in_features, arena), y(blocks, kColumns, arena) {}
 };
 
 template <Activation kActivation>
@@ -350,14 +370,14 @@ void linear_as(const LinearParams& p, int64_t* next, void* memory) {
 // ---- Two Linear layers with GELU between them ----
 
 Blocks mlp_blocks(const MlpParams& p) {
-  return Blocks(p.rows, block_rows(kMlpBlockFloats, p.fc1.in_features / kChannels + p.fc2.out_features + kHidden));
+  return Blocks(p.rows, block_rows(kMlpBlockFloats, p.fc1.in_features + p.fc2.out_features + kHidden));
 }
 
 struct MlpScratch {
   Panels x, hidden, y;
 
   MlpScratch(const MlpParams& p, const Blocks& blocks, Arena& arena)
-      : x(blocks, p.fc1.in_features / kChannels, arena),
+      : x(blocks, p.fc1.in_features, arena),
         hidden(blocks, kHidden, arena),
         y(blocks, round_up(p.fc2.out_features, kLanes), arena) {}
 };
@@ -379,8 +399,7 @@ void mlp_as(const MlpParams& p, int64_t* next, void* memory) {
       multiply_all(p.fc1, h, depth, block, s.x, s.hidden);
       activate_all<kActivation>(p.fc1, h, depth, block, s.hidden);
       for (int64_t c = 0; c < out; c += kColumns) {
-        multiply(p.fc2, c, smaller(kColumns, out - c), h / kChannels, depth / kChannels, block, s.hidden, 0, s.y, c,
-                 h > 0);
+        multiply(p.fc2, c, smaller(kColumns, out - c), h, depth, block, s.hidden, 0, s.y, c, h > 0);
       }
       h += kHidden;
     } while (h < p.fc1.out_features);

@@ -1,4 +1,4 @@
-// Linear layers in float32 for x86-64 CPUs with AVX2, FMA and F16C.
+// Linear layers for x86-64 CPUs with AVX2, FMA and F16C.
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -18,7 +18,6 @@
 #define SWINKERNELS_KERNELS kAvx2LinearKernels
 #define SWINKERNELS_LANES 8
 #define SWINKERNELS_AVX
-#define SWINKERNELS_LINEAR_FORMAT Float32
 #include "linear.inl"
 
 #ifdef __clang__

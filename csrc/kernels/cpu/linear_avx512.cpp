@@ -1,4 +1,4 @@
-// Linear layers in float32 for x86-64 CPUs with AVX-512 (F, BW, DQ and VL).
+// Linear layers for x86-64 CPUs with AVX-512 (F, BW, DQ and VL).
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -19,7 +19,6 @@
 #define SWINKERNELS_KERNELS kAvx512LinearKernels
 #define SWINKERNELS_LANES 16
 #define SWINKERNELS_AVX
-#define SWINKERNELS_LINEAR_FORMAT Float32
 #include "linear.inl"
 
 #ifdef __clang__

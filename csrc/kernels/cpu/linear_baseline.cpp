@@ -1,4 +1,4 @@
-// Linear layers in float32 for any CPU, with vectors of 4 floats, which every x86-64 and aarch64 CPU supports.
+// Linear layers for any CPU, with vectors of 4 floats, which every x86-64 and aarch64 CPU supports.
 #include <cstdint>
 
 #include "linear_kernels.h"
@@ -6,5 +6,4 @@
 #define SWINKERNELS_ISA baseline
 #define SWINKERNELS_KERNELS kBaselineLinearKernels
 #define SWINKERNELS_LANES 4
-#define SWINKERNELS_LINEAR_FORMAT Float32
 #include "linear.inl"

@@ -1,4 +1,4 @@
-// The interface through which linear.cpp calls the Linear layer kernels of one instruction set and dtype.
+// The interface through which linear.cpp calls the Linear layer kernels of one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +20,9 @@ struct LinearKernels {
 };
 
 extern const LinearKernels kBaselineLinearKernels;
-extern const LinearKernels kBaselineBFloat16LinearKernels;
 #ifdef __x86_64__
 extern const LinearKernels kAvx2LinearKernels;
 extern const LinearKernels kAvx512LinearKernels;
-extern const LinearKernels kAvx512BFloat16LinearKernels;
 #endif
 
 }  // namespace swinkernels::cpu

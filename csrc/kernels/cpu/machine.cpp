@@ -13,8 +13,6 @@ namespace {
 
 const char* name(InstructionSet set) {
   switch (set) {
-    case InstructionSet::kAvx512BFloat16:
-      return "avx512_bf16";
     case InstructionSet::kAvx512:
       return "avx512";
     case InstructionSet::kAvx2:
@@ -30,10 +28,10 @@ std::vector<InstructionSet> supported() {
 #ifdef __x86_64__
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(InstructionSet::kAvx512BFloat16);
-  if (avx512) sets.push_back(InstructionSet::kAvx512);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    sets.push_back(InstructionSet::kAvx512);
+  }
   if (avx2) sets.push_back(InstructionSet::kAvx2);
 #endif
   sets.push_back(InstructionSet::kBaseline);

@@ -288,14 +288,9 @@ SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t colu
   return sums[0];
 }
 
-struct Float32Products {
-  static SWINKERNELS_INLINE Vec add(Vec sums, Vec a, Vec b) { return sums + a * b; }
-};
-
 // Computes a tile of c = a b + addend in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend,
-// which may be c itself, or null for zero, has c's layout and is added last. Products::add adds the products of two
-// vectors of a and b to the sums.
-template <int kRows, int kVectors, bool kTransposed, class Products>
+// which may be c itself, or null for zero, has c's layout and is added last.
+template <int kRows, int kVectors, bool kTransposed>
 void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* addend, float* c,
                  int64_t ldc) {
   Vec sums[kRows][kVectors] = {};
@@ -307,7 +302,7 @@ void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int
     for (int r = 0; r < kRows; ++r) {
       const Vec factor = splat(kTransposed ? a[k * lda + r] : a[r * lda + k]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = Products::add(sums[r][v], factor, row[v]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * row[v];
     }
   }
 #pragma GCC unroll 16
@@ -330,18 +325,18 @@ constexpr int kTileVectors = 2;
 constexpr int tile_rows(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
-template <int kRows, int kVectors, bool kTransposed, class Products>
+template <int kRows, int kVectors, bool kTransposed>
 SWINKERNELS_INLINE void matmul_tile_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
                                        int64_t ldb, const float* addend, float* c, int64_t ldc) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return matmul_tile_of<kRows - 1, kVectors, kTransposed, Products>(rows, depth, a, lda, b, ldb, addend, c, ldc);
+      return matmul_tile_of<kRows - 1, kVectors, kTransposed>(rows, depth, a, lda, b, ldb, addend, c, ldc);
     }
   }
-  matmul_tile<kRows, kVectors, kTransposed, Products>(depth, a, lda, b, ldb, addend, c, ldc);
+  matmul_tile<kRows, kVectors, kTransposed>(depth, a, lda, b, ldb, addend, c, ldc);
 }
 
-template <int kVectors, bool kTransposed, class Products>
+template <int kVectors, bool kTransposed>
 void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
                   const float* addend, float* c, int64_t ldc) {
   // All tiles have nearly the same height: a last tile of few rows would have too few independent sums to hide the
@@ -351,22 +346,21 @@ void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, cons
   for (int64_t i = 0, tile = 0; tile < tiles; ++tile) {
     const int64_t height = (rows - i) / (tiles - tile);
     const float* addend_i = addend == nullptr ? nullptr : addend + i * ldc;
-    matmul_tile_of<kMaxRows, kVectors, kTransposed, Products>(height, depth, a + (kTransposed ? i : i * lda), lda, b,
-                                                              ldb, addend_i, c + i * ldc, ldc);
+    matmul_tile_of<kMaxRows, kVectors, kTransposed>(height, depth, a + (kTransposed ? i : i * lda), lda, b, ldb,
+                                                    addend_i, c + i * ldc, ldc);
     i += height;
   }
 }
 
 // c (rows, columns) = a b + addend with b (depth, columns); columns is a multiple of kLanes.
-template <bool kTransposed, class Products = Float32Products>
+template <bool kTransposed>
 void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
             const float* addend, float* c, int64_t ldc) {
   for (int64_t j = 0; j < columns;) {
     const int64_t left = (columns - j) / kLanes;
     const float* addend_j = addend == nullptr ? nullptr : addend + j;
     const auto panel = [&](auto vectors) {
-      matmul_panel<decltype(vectors)::kValue, kTransposed, Products>(rows, depth, a, lda, b + j, ldb, addend_j, c + j,
-                                                                     ldc);
+      matmul_panel<decltype(vectors)::kValue, kTransposed>(rows, depth, a, lda, b + j, ldb, addend_j, c + j, ldc);
       j += decltype(vectors)::kValue * kLanes;
     };
     if (left >= kTileVectors) {

@@ -14,7 +14,6 @@ namespace {
 const WindowAttentionKernels& kernels() {
   switch (chosen_instruction_set()) {
 #ifdef __x86_64__
-    case InstructionSet::kAvx512BFloat16:
     case InstructionSet::kAvx512:
       return kAvx512Kernels;
     case InstructionSet::kAvx2:
