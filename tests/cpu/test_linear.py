@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(_extension.error is not None, reason=str(_extens
 ROOT = Path(__file__).resolve().parents[2]
 OPS = torch.ops.swinkernels
 GELUS = ["", "none", "tanh"]
-# A vector has up to 16 lanes, a panel up to 64 rows, a block up to 128, and a tail up to 4 rows; a slice of the weight is
-# 48 by 256, and an MLP computes 192 hidden channels at a time.
+# A vector has up to 16 lanes, a panel up to 64 rows, a block up to 128, and a tail up to 4; a slice of the weight is 48
+# by 256, and an MLP computes 192 hidden channels at a time.
 ROWS = [1, 7, 16, 33, 34, 64, 128, 129, 131, 300]
 IN = [1, 8, 31, 256, 257, 600]
 OUT = [1, 8, 47, 48, 100, 193]
