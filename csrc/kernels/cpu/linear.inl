@@ -180,8 +180,8 @@ SWINKERNELS_INLINE void multiply_tail(int64_t rows, Arguments... arguments) {
 }
 
 // Multiplies `count` rows of the weight from row `first` on, and their channels [channel, channel + depth), by channels
-// [x_channel, x_channel + depth) of x. The products are channels [y_channel, y_channel + count) of y, or,
-// if `adds`, are added to them.
+// [x_channel, x_channel + depth) of x. The products are channels [y_channel, y_channel + count) of y, or, if `adds`, are
+// added to them.
 void multiply(const LinearLayer& layer, int64_t first, int64_t count, int64_t channel, int64_t depth,
               const Block& block, const Panels& x, int64_t x_channel, const Panels& y, int64_t y_channel, bool adds) {
   const float* weight = layer.weight + first * layer.row_stride + channel;
