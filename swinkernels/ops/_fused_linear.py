@@ -78,8 +78,9 @@ def _has_kernels() -> bool:
     if build is None or not build["has_cpu_kernels"]:
         return False
     instruction_set = _extension.ops.cpu_instruction_set()
-    is_zen = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    return instruction_set == "avx2" or (instruction_set == "avx512" and is_zen)
+    if instruction_set == "avx512":
+        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return instruction_set == "avx2"
 
 
 def _has_kernels_for(x: Tensor, *weights: Tensor) -> bool:

@@ -125,6 +125,18 @@ FAULTS = {
         "store(at, sums[r]);",
         _LINEAR_TESTS + "test_linear",
     ),
+    "cpu-linear-tail-of-the-first-block": Fault(
+        _LINEAR,
+        "const int64_t at = (block.first + block.rows + r) * stride + first + c,",
+        "const int64_t at = (block.rows + r) * stride + first + c,",
+        _LINEAR_TESTS + "test_linear",
+    ),
+    "cpu-linear-last-channel-of-the-tail": Fault(
+        _LINEAR,
+        "for (int64_t i = 0; i < count; ++i) to[i] = part[i];",
+        "for (int64_t i = 0; i + 1 < count; ++i) to[i] = part[i];",
+        _LINEAR_TESTS + "test_linear",
+    ),
     "cpu-mlp-tail-without-bias": Fault(
         _LINEAR,
         "store(at, activate(load(at) + biases_of(layer, first + c, smaller(kLanes, count - c)), kActivation));",
