@@ -37,6 +37,7 @@ KEYS = ("arch", "kernel", "case", "compiler")
 OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc/kernels/cpu"
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # DType of csrc/params
 BIASES = {"none": 0, "table": 1, "dense": 2}
+PASSES = ("forward", "backward", "linear", "half")
 
 
 class Missing(Exception):
@@ -61,11 +62,12 @@ class Case:
     cosine: bool = False  # v2
     batch: int = 1
     has_all_dtypes: bool = False  # else float32 only
+    has_half: bool = False  # also count a block's whole attention half
 
     def numbers(self, direction: str, dtype: str) -> str:
         """Return the fields of the struct ``Call`` in cpu_kernels.cpp as numbers separated by commas."""
         flags = (BIASES[self.bias], int(self.cosine))
-        first = (("forward", "backward").index(direction), DTYPES[dtype], self.batch)
+        first = (PASSES.index(direction), DTYPES[dtype], self.batch)
         return ",".join(map(str, (*first, *self.size, *self.window, *self.shift, self.heads, self.head_dim, *flags)))
 
 
@@ -84,15 +86,17 @@ class LinearCase:
     def numbers(self, direction: str, dtype: str) -> str:
         """Return the fields of the struct ``LinearCall`` in cpu_kernels.cpp as numbers separated by commas."""
         activation = ("none", "gelu", "tanh").index(self.activation)
-        return ",".join(map(str, (2, self.rows, self.in_features, self.hidden, self.out_features, activation)))
+        return ",".join(
+            map(str, (PASSES.index("linear"), self.rows, self.in_features, self.hidden, self.out_features, activation))
+        )
 
 
 CASES = [
     Case("swin 7x7", (1, 14, 14), (1, 7, 7)),
-    Case("swin 7x7 shifted", (1, 14, 14), (1, 7, 7), (0, 3, 3), has_all_dtypes=True),
-    Case("swin 7x7 padded", (1, 13, 9), (1, 7, 7)),
+    Case("swin 7x7 shifted", (1, 14, 14), (1, 7, 7), (0, 3, 3), has_all_dtypes=True, has_half=True),
+    Case("swin 7x7 padded", (1, 13, 9), (1, 7, 7), has_half=True),
     Case("swin 7x7 dense bias", (1, 14, 14), (1, 7, 7), bias="dense"),
-    Case("swin_v2 8x8 shifted", (1, 16, 16), (1, 8, 8), (0, 4, 4), cosine=True),
+    Case("swin_v2 8x8 shifted", (1, 16, 16), (1, 8, 8), (0, 4, 4), cosine=True, has_half=True),
     Case("swin_v2 16x16", (1, 16, 16), (1, 16, 16), heads=1, cosine=True),
     Case("swin 12x12", (1, 12, 12), (1, 12, 12), heads=1),
     Case("monai 7x7x7 of 16", (7, 7, 7), (7, 7, 7), heads=1, head_dim=16),
@@ -258,16 +262,11 @@ def count(arch: str) -> list[dict[str, Any]]:
     if os.uname().machine != "x86_64":
         raise Missing(f"{arch} kernels exist only for x86_64, and this machine is {os.uname().machine}")
     found = objects()
-    of = compiler(OBJECTS / f"window_attention_{arch}.o")
+    of = compiler(OBJECTS / f"{arch}.o")
     if arch == "avx512":
-        loops = {
-            prefix + name: sizes
-            for prefix, stem in (("", "window_attention"), ("linear ", "linear"))
-            for name, sizes in count_loops(OBJECTS / f"{stem}_{arch}.o").items()
-        }
         return [
             _row(arch, name, case, Counter({name: number}), of)
-            for name, sizes in loops.items()
+            for name, sizes in count_loops(OBJECTS / f"{arch}.o").items()
             for case, number in {
                 "number of innermost loops": len(sizes),
                 **{f"innermost loop {i} of {len(sizes)}, longest first": n for i, n in enumerate(sizes, 1)},
@@ -279,6 +278,7 @@ def count(arch: str) -> list[dict[str, Any]]:
         for direction in ("forward", "backward")
         for dtype in (DTYPES if case.has_all_dtypes else ("float32",))
     ]
+    calls += [("half", case, "float32") for case in CASES if case.has_half]
     calls += [("forward", case, "float32") for case in LINEAR_CASES]
     return [
         _row(arch, f"{case.KERNEL} {direction}", f"{case.name} {dtype}", costs, of)

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "params/attention_half_cpu.h"
 #include "params/linear_cpu.h"
 #include "params/window_attention_cpu.h"
 
@@ -21,8 +22,9 @@ namespace {
 
 enum Bias { kNoBias, kTable, kDense };
 
-enum Pass { kForward, kBackward, kLinear };
+enum Pass { kForward, kBackward, kLinear, kHalf };
 
+// Window attention or, for the pass kHalf, a block's attention half, in v2's form if `cosine`.
 struct Call {
   int32_t pass, dtype, batch, size[3], window[3], shift[3], heads, head_dim, bias, cosine;
 };
@@ -101,13 +103,34 @@ void run(const LinearCall& call) {
   std::vector<float> y(residual.size());
   if (hidden == 0) {
     const cpu::LinearLayer layer{first.data(), bias.data(), in, out, in};
-    const cpu::LinearParams p{x.data(), residual.data(), y.data(), rows, in, layer, activation};
+    const cpu::LinearParams p{x.data(), residual.data(), y.data(), rows, in, {}, layer, activation};
     return measure([&] { cpu::linear_forward(p, one_thread); });
   }
   const cpu::LinearLayer fc1{first.data(), bias.data(), in, hidden, in},
       fc2{second.data(), bias.data(), hidden, out, hidden};
-  const cpu::MlpParams p{x.data(), residual.data(), y.data(), rows, in, fc1, fc2, activation};
+  const cpu::MlpParams p{x.data(), residual.data(), y.data(), rows, in, {}, {}, fc1, fc2, activation};
   measure([&] { cpu::mlp_forward(p, one_thread); });
+}
+
+// Runs the attention half of a block whose window attention has these params, except the maps.
+void run_half(const Call& call, const WindowAttentionForwardParams& attention, Numbers& numbers) {
+  const int64_t width = int64_t{1} * call.heads * call.head_dim, tokens = call.batch * product(call.size);
+  const std::vector<float> x = numbers.floats(tokens * width), weights = numbers.floats(4 * width * width),
+                           biases = numbers.floats(6 * width);
+  std::vector<float> out(x.size());
+  cpu::AttentionHalfParams p{};
+  p.attention = attention;
+  p.x = map_of<ConstTokenMap>(call, x.data(), width);
+  p.out = map_of<TokenMap>(call, out.data(), width);
+  p.channels = width;
+  p.residual = true;
+  p.threads = 1;
+  (call.cosine != 0 ? p.post_norm : p.norm) = {true, biases.data() + 4 * width, biases.data() + 5 * width, 1e-5f};
+  for (int64_t i = 0; i < 4; ++i) {
+    const float *weight = weights.data() + i * width * width, *bias = biases.data() + i * width;
+    (i < 3 ? p.qkv[i] : p.proj) = {weight, bias, width, width, width};
+  }
+  measure([&] { cpu::attention_half_forward(p, one_thread); });
 }
 
 void run(const Call& call) {
@@ -159,6 +182,7 @@ void run(const Call& call) {
     p.logit_scale = logit_scale.data();
     params.dlogit_scale = dlogit_scale.data();
   }
+  if (call.pass == kHalf) return run_half(call, p, numbers);
   std::vector<char> workspace(static_cast<std::size_t>(cpu::window_attention_backward_workspace_bytes(params)));
   params.workspace = workspace.data();
 

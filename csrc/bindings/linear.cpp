@@ -11,6 +11,7 @@
 
 #include "build_facts.h"  // SWINKERNELS_NAMESPACE
 #include "checks.h"
+#include "linear_layer.h"
 
 namespace swinkernels {
 namespace {
@@ -19,24 +20,6 @@ cpu::Activation activation_of(const std::string& gelu) {
   if (gelu.empty()) return cpu::Activation::kNone;
   STD_TORCH_CHECK(gelu == "none" || gelu == "tanh", "swinkernels: gelu must be \"none\" or \"tanh\"");
   return gelu == "tanh" ? cpu::Activation::kGeluTanh : cpu::Activation::kGelu;
-}
-
-const float* data(const Tensor& x) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "swinkernels: the kernels of Linear layers need float32");
-  return static_cast<const float*>(data_of(x));
-}
-
-// Replaces the weight and the bias by copies if the kernels cannot read them in place.
-cpu::LinearLayer layer_of(Tensor& weight, OptionalTensor& bias, int64_t in_features) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in_features,
-                  "swinkernels: a weight must have as many columns as its input");
-  if (weight.stride(1) != 1) weight = as_contiguous(weight);
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0),
-                    "swinkernels: a bias must have one value for each row of its weight");
-    if (!bias->is_contiguous()) bias = as_contiguous(*bias);
-  }
-  return {data(weight), bias ? data(*bias) : nullptr, in_features, weight.size(0), weight.stride(0)};
 }
 
 // The input, the residual and the output of a call, as the kernels read and write them.
@@ -57,17 +40,21 @@ struct Rows {
 
   template <class Params>
   void fill(Params& p) {
-    p.x = data(x);
-    p.residual = residual ? data(*residual) : nullptr;
+    p.x = float_data(x);
+    p.residual = residual ? float_data(*residual) : nullptr;
     p.out = static_cast<float*>(out.mutable_data_ptr());
     p.x_stride = x.size(x.dim() - 1);
     p.rows = out.numel() == 0 ? 0 : out.numel() / out.size(out.dim() - 1);
   }
 };
 
-Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, std::string gelu) {
+Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, OptionalTensor norm_weight,
+                    OptionalTensor norm_bias, std::string gelu, std::string norm, double eps) {
+  check_norm(norm);
+  STD_TORCH_CHECK(norm != "post", "swinkernels: fused_linear has no norm after its layer");
   cpu::LinearParams p{};
   p.layer = layer_of(weight, bias, x.size(x.dim() - 1));
+  p.norm = norm_of(norm_weight, norm_bias, norm, "pre", eps, p.layer.in_features);
   p.activation = activation_of(gelu);
   Rows rows(std::move(x), std::move(residual), p.layer.out_features);
   rows.fill(p);
@@ -76,10 +63,14 @@ Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor
 }
 
 Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc2_weight, OptionalTensor fc2_bias,
-                 OptionalTensor residual, std::string gelu) {
+                 OptionalTensor residual, OptionalTensor norm_weight, OptionalTensor norm_bias, std::string gelu,
+                 std::string norm, double eps) {
+  check_norm(norm);
   cpu::MlpParams p{};
   p.fc1 = layer_of(fc1_weight, fc1_bias, x.size(x.dim() - 1));
   p.fc2 = layer_of(fc2_weight, fc2_bias, p.fc1.out_features);
+  p.norm = norm_of(norm_weight, norm_bias, norm, "pre", eps, p.fc1.in_features);
+  p.post_norm = norm_of(norm_weight, norm_bias, norm, "post", eps, p.fc2.out_features);
   p.activation = activation_of(gelu);
   Rows rows(std::move(x), std::move(residual), p.fc2.out_features);
   rows.fill(p);

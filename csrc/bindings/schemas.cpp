@@ -83,11 +83,22 @@ void mlp_half(Library& m) {
 }
 
 template <class Library>
-void linear(Library& m) {
-  m.def("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str gelu) -> Tensor");
-  m.def(
-      "fused_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-      "Tensor? residual, str gelu) -> Tensor");
+void fused(Library& m) {
+  const std::string norm = "Tensor? norm_weight, Tensor? norm_bias", of_norm = "str norm, float eps";
+  m.def(("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, " + norm + ", str gelu, " + of_norm +
+         ") -> Tensor")
+            .c_str());
+  m.def(("fused_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+         "Tensor? residual, " +
+         norm + ", str gelu, " + of_norm + ") -> Tensor")
+            .c_str());
+  m.def(("fused_attention_half(Tensor x, Tensor q_weight, Tensor? k_weight, Tensor? v_weight, Tensor? qkv_bias, "
+         "Tensor proj_weight, Tensor? proj_bias, " +
+         norm +
+         ", Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? region_map, str spec, float scale, "
+         "float mask_value, int num_heads, bool residual, " +
+         of_norm + ") -> Tensor")
+            .c_str());
 }
 
 STABLE_TORCH_LIBRARY(SWINKERNELS_NAMESPACE, m) {
@@ -100,7 +111,7 @@ STABLE_TORCH_LIBRARY(SWINKERNELS_NAMESPACE, m) {
   layer_norm(m);
   residual_layer_norm(m);
   mlp_half(m);
-  linear(m);
+  fused(m);
 }
 
 }  // namespace

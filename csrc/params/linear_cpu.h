@@ -14,23 +14,34 @@ struct LinearLayer {
   int64_t in_features, out_features, row_stride;
 };
 
-// out = residual + activation(x weight^T + bias). The rows of x are x_stride elements apart; out and residual (or null)
+// The layer norm of a row: (x - mean) / sqrt(var + eps) * weight + bias. The weight and the bias have one value for each
+// channel, or are null for ones and zeros. If no norm is given, the row stays as it is.
+struct RowNorm {
+  bool given;
+  const float* weight;
+  const float* bias;
+  float eps;
+};
+
+// out = residual + activation(norm(x) weight^T + bias). The rows of x are x_stride elements apart; out and residual (or null)
 // are contiguous.
 struct LinearParams {
   const float* x;
   const float* residual;
   float* out;
   int64_t rows, x_stride;
+  RowNorm norm;
   LinearLayer layer;
   Activation activation;
 };
 
-// out = residual + fc2(activation(fc1(x))), in the same layout.
+// out = residual + post_norm(fc2(activation(fc1(norm(x))))), in the same layout.
 struct MlpParams {
   const float* x;
   const float* residual;
   float* out;
   int64_t rows, x_stride;
+  RowNorm norm, post_norm;
   LinearLayer fc1, fc2;
   Activation activation;
 };

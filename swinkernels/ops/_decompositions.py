@@ -300,13 +300,30 @@ def _mlp_half(
     return fallback.add(s, norm(y) if post else y, None)
 
 
-# --- Linear layers
+# --- Linear layers and halves of a block
 
 
-def _fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: str) -> Tensor:
-    y = F.linear(x, weight, bias)
-    y = F.gelu(y, approximate=gelu) if gelu else y
+def _normed(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_given: bool) -> Tensor:
+    return fallback.layer_norm(y, weight, bias, eps=eps, dtype=y.dtype) if is_given else y
+
+
+def _added(y: Tensor, residual: Tensor | None) -> Tensor:
     return y if residual is None else residual + y
+
+
+def _fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    gelu: str,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    y = F.linear(_normed(x, norm_weight, norm_bias, eps, norm == "pre"), weight, bias)
+    return _added(F.gelu(y, approximate=gelu) if gelu else y, residual)
 
 
 def _fused_mlp(
@@ -316,9 +333,46 @@ def _fused_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     gelu: str,
+    norm: str,
+    eps: float,
 ) -> Tensor:
-    return _fused_linear(_fused_linear(x, fc1_weight, fc1_bias, None, gelu), fc2_weight, fc2_bias, residual, "")
+    h = _fused_linear(x, fc1_weight, fc1_bias, None, norm_weight, norm_bias, gelu, norm, eps)
+    y = F.linear(h, fc2_weight, fc2_bias)
+    return _added(_normed(y, norm_weight, norm_bias, eps, norm == "post"), residual)
+
+
+def _fused_attention_half(
+    x: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    v_weight: Tensor | None,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    region_map: Tensor | None,
+    wire: str,
+    scale: float,
+    mask_value: float,
+    num_heads: int,
+    residual: bool,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
+    z = _normed(x, norm_weight, norm_bias, eps, norm == "pre")
+    qkv = F.linear(z, torch.cat(weights), qkv_bias).unflatten(-1, (3, num_heads, -1))
+    numbers = (scale, mask_value, 0.0)
+    out, _ = _attention(qkv, bias_table, bias, logit_scale, qkv_bias, region_map, None, wire, *numbers)
+    y = F.linear(out, proj_weight, proj_bias)
+    return _added(_normed(y, norm_weight, norm_bias, eps, norm == "post"), x if residual else None)
 
 
 # --- registration
@@ -335,6 +389,7 @@ _FORWARD: dict[str, Callable[..., Any]] = {
     "mlp_half_triton": _mlp_half,
     "fused_linear": _fused_linear,
     "fused_mlp": _fused_mlp,
+    "fused_attention_half": _fused_attention_half,
 }
 _WITH_TRITON = ("window_attention", "window_partition", "window_reverse", "patch_merging")
 _FORWARD |= {f"{name}_triton": function for name, function in _FORWARD.items() if name.startswith(_WITH_TRITON)}

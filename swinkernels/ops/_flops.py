@@ -3,7 +3,8 @@
 Window attention has two matrix products forward and four backward, each of 2 * M * head_dim FLOPs per query with M
 keys. This equals the count for the libraries' plain code. Decomposed relative positions add products with one table per
 axis. Scores that a backward kernel recomputes are not counted. Pad tokens are counted. ``mlp_half_triton``,
-``fused_linear`` and ``fused_mlp`` count the products of their Linear layers. The other ops multiply no matrices and
+``fused_linear`` and ``fused_mlp`` count the products of their Linear layers, and ``fused_attention_half`` those of its
+Linear layers and of the attention. The other ops multiply no matrices and
 count zero, as torch's own copies and norms do.
 """
 
@@ -60,6 +61,13 @@ def _linear_layers(*weights: int) -> Callable[..., int]:
     return flops
 
 
+def _attention_half(x: Any, q: Any, k: Any, v: Any, qkv_bias: Any, proj: Any, *others: Any, **_: Any) -> int:
+    layers = [weight for weight in (q, k, v, proj) if weight is not None]
+    linear = _linear_layers(*range(1, 1 + len(layers)))(x, *layers)
+    wire = next(a for a in others if isinstance(a, str))
+    return linear + _attention(2, 0, 2)((*x[:-1], 1, proj[1]), wire)  # the heads make no difference
+
+
 FORMULAS: dict[str, Callable[..., int]] = dict.fromkeys(_WITHOUT_PRODUCTS, _zero)
 for _form, _axes in (("window_attention_qkvpacked", 3), ("window_attention", 2)):
     FORMULAS[f"{_form}_fwd"] = _attention(2, 0, _axes)
@@ -67,6 +75,7 @@ for _form, _axes in (("window_attention_qkvpacked", 3), ("window_attention", 2))
 FORMULAS["mlp_half_triton"] = _linear_layers(4, 6)
 FORMULAS["fused_linear"] = _linear_layers(1)
 FORMULAS["fused_mlp"] = _linear_layers(1, 3)
+FORMULAS["fused_attention_half"] = _attention_half
 FORMULAS |= {f"{name}_triton": f for name, f in FORMULAS.items() if name.startswith(_WITH_TRITON)}
 
 

@@ -5,8 +5,8 @@ result is traversed three or four times, in as many parallel regions. torch's on
 tile while the tile is still in registers, in float32, and rounds once.
 
 In float32, the ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take
-the place of oneDNN for more than one row and weights whose rows are contiguous, on CPUs with AVX2 but without AVX-512
-and on CPUs with AVX512_BF16 but without AMX, such as AMD's Zen 4. They have no derivative.
+the place of oneDNN for more than one row and weights whose rows are contiguous, on CPUs with AVX2 but without AMX. They
+have no derivative. They can normalise the rows that they read and, in an MLP, the rows of the result.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import itertools
 import platform
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,14 @@ from torch.utils._device import DeviceContext
 from swinkernels import _extension
 from swinkernels.ops._library import any_requires_grad, autocast_dtype, define, is_plain, linear_dtype, register
 
-define("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str gelu) -> Tensor")
+# norm is "", "pre" (of x) or, in fused_mlp, "post" (of the result, before the residual is added).
+define(
+    "fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, "
+    "str gelu, str norm, float eps) -> Tensor"
+)
 define(
     "fused_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? residual, "
-    "str gelu) -> Tensor"
+    "Tensor? norm_weight, Tensor? norm_bias, str gelu, str norm, float eps) -> Tensor"
 )
 
 
@@ -49,6 +54,26 @@ _LINEAR_OP = _register("fused_linear", 1)
 _MLP_OP = _register("fused_mlp", 3)
 
 Layer = tuple[Tensor, Tensor | None]  # the weight and the bias of a Linear layer
+
+
+class Norm(NamedTuple):
+    """A layer norm of rows, whose parameters have the dtype of the rows."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    place: str = "pre"  # "pre": before the first Linear layer, or "post": after the last one
+
+
+_NO_NORM = Norm(None, None, 0.0, "")
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Return torch's layer norm of the rows of x."""
+    if weight is None and bias is not None:  # with only a bias, torch 2.14's second derivative is wrong or raises
+        return F.layer_norm(x, x.shape[-1:], None, None, eps) + bias
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
 
 _LOW = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
@@ -72,15 +97,13 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
 def _has_kernels() -> bool:
     """Return True if the extension's kernels take the place of oneDNN in float32: only where that has been measured.
 
-    With AVX-512 it has been measured on AMD's Zen 4, which has AVX512_BF16 but not AMX.
+    With AVX-512 it has been measured on AMD's Zen 4 and Intel's Ice Lake, not with AMX.
     """
     build = _extension.build
     if build is None or not build["has_cpu_kernels"]:
         return False
     instruction_set = _extension.ops.cpu_instruction_set()
-    if instruction_set == "avx512":
-        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    return instruction_set == "avx2"
+    return instruction_set == "avx2" or (instruction_set == "avx512" and not torch.cpu._is_amx_tile_supported())
 
 
 def _has_kernels_for(x: Tensor, *weights: Tensor) -> bool:
@@ -95,17 +118,27 @@ def _allows_bfloat16_products() -> bool:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: str | None = None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gelu: str | None = None,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Return Linear(x), GELU(Linear(x)) with ``gelu`` as its approximation, or residual + Linear(x).
 
-    ``x``, ``weight`` and ``bias`` have the same dtype; the sum has the residual's dtype. If no fused function applies,
-    torch's separate functions run.
+    With a ``norm``, norm(x) takes the place of x. ``x``, ``weight`` and ``bias`` have the same dtype; the sum has the
+    residual's dtype. If no fused function applies, torch's separate functions run.
     """
     if x.device.type == "cpu" and _is_fused(x, (weight, bias)):
         added = residual if residual is not None and _can_be_added(residual, x, weight) else None
-        if _has_kernels_for(x, weight):
-            y = _LINEAR_OP(x, weight, bias, added, gelu or "")
+        has_kernels = _has_kernels_for(x, weight)
+        if norm is not None and not (has_kernels and _joins(norm, x)):
+            x, norm = layer_norm(x, *norm[:3]), None
+        if has_kernels:
+            norm_weight, norm_bias, eps, place = norm or _NO_NORM
+            y = _LINEAR_OP(x, weight, bias, added, norm_weight, norm_bias, gelu or "", place, eps)
         elif added is not None:
             y = torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
         else:
@@ -114,7 +147,7 @@ def linear(
         if added is not None:
             return y
     else:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x if norm is None else layer_norm(x, *norm[:3]), weight, bias)
         y = y if gelu is None else F.gelu(y, approximate=gelu)
     return y if residual is None else (residual + y).to(residual.dtype)
 
@@ -133,17 +166,22 @@ def mlp(
     *,
     gelu: str,
     residual: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
-    """Return fc2(GELU(fc1(x))), plus ``residual`` if given.
+    """Return fc2(GELU(fc1(x))), plus ``residual`` if given, with a ``norm`` of x or of fc2's result.
 
     A large GELU result is never whole in memory: its rows are computed and used piece by piece.
     """
     width, rows = fc1[0].shape[0], x.numel() // max(x.shape[-1], 1)
-    if rows >= _ROWS_PER_THREAD * torch.get_num_threads() and _is_one_op(x, fc1, fc2, residual):
-        return _MLP_OP(x, *fc1, *fc2, residual, gelu)
+    if _is_one_op(x, fc1, fc2, residual, norm) and rows >= _ROWS_PER_THREAD * torch.get_num_threads():
+        norm_weight, norm_bias, eps, place = norm or _NO_NORM
+        return _MLP_OP(x, *fc1, *fc2, residual, norm_weight, norm_bias, gelu, place, eps)
+    if norm is not None and norm.place == "post":
+        y = layer_norm(mlp(x, fc1, fc2, gelu=gelu), *norm[:3])
+        return y if residual is None else (residual + y).to(residual.dtype)
     is_broadcast = residual is not None and residual.shape != (*x.shape[:-1], fc2[0].shape[0])
     if rows * width * x.element_size() <= _LARGE or is_broadcast or x.device.type != "cpu" or not _is_fused(x, fc1):
-        return linear(linear(x, *fc1, gelu=gelu), *fc2, residual=residual)
+        return linear(linear(x, *fc1, gelu=gelu, norm=norm), *fc2, residual=residual)
     of_x = x.reshape(rows, x.shape[-1])
     of_residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
     y = x.new_empty(rows, fc2[0].shape[0], dtype=x.dtype if residual is None else residual.dtype)
@@ -151,7 +189,7 @@ def mlp(
     for first in range(0, rows, step):
         piece = slice(first, first + step)
         added = None if of_residual is None else of_residual[piece]
-        y[piece] = linear(linear(of_x[piece], *fc1, gelu=gelu), *fc2, residual=added)
+        y[piece] = linear(linear(of_x[piece], *fc1, gelu=gelu, norm=norm), *fc2, residual=added)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -179,8 +217,16 @@ def fuses(x: Tensor) -> bool:
     )
 
 
+def joins(x: Tensor) -> bool:
+    """Return True if a module with input ``x`` should leave norms to Linear layers, and maps to their halves.
+
+    This is the case if the extension's kernels compute float32 inference here.
+    """
+    return fuses(x) and x.dtype == torch.float32 and _has_kernels() and not _allows_bfloat16_products()
+
+
 _PLACE = frozenset([(torch.strided, torch.device("cpu"))])
-_FUNCTIONS = F.linear, F.gelu
+_FUNCTIONS = F.linear, F.gelu, F.layer_norm
 
 
 def _is_available(dtype: torch.dtype) -> bool:
@@ -188,28 +234,47 @@ def _is_available(dtype: torch.dtype) -> bool:
 
 
 def _is_intercepted() -> bool:
-    """Return True if a torch function mode intercepts F.linear and F.gelu, or if either function was replaced."""
-    if (F.linear, F.gelu) != _FUNCTIONS:
+    """Return True if a torch function mode intercepts the functions that are fused, or if one of them was replaced."""
+    if (F.linear, F.gelu, F.layer_norm) != _FUNCTIONS:
         return True
     modes = torch._C._len_torch_function_stack()
     return modes > 0 and not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def _is_fused(x: Tensor, *layers: Layer) -> bool:
-    """Return True if Linear layers, of which the first has the input ``x``, can be computed by fused functions."""
-    tensors = (x, *(t for layer in layers for t in layer))
+def _are_readable(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return True if a fused function with the input x, one of ``tensors``, may read all of them without torch."""
     return (
         is_plain(tensors)
-        and layers[0][0].dim() == 2
-        and _is_large(x, layers[0][0])  # usually False in small models
         and not any_requires_grad(tensors)
         and _is_available(x.dtype)
         and not torch.jit.is_tracing()
         and _PLACE.issuperset((t.layout, t.device) for t in tensors if t is not None)
         and linear_dtype(x) == x.dtype
+    )
+
+
+def _is_fused(x: Tensor, *layers: Layer) -> bool:
+    """Return True if Linear layers, of which the first has the input ``x``, can be computed by fused functions."""
+    return (
+        is_plain((x,))  # before the sizes, on which a compiler would put guards
+        and layers[0][0].dim() == 2
+        and _is_large(x, layers[0][0])  # usually False in small models
+        and _are_readable(x, (x, *(t for layer in layers for t in layer)))
         and all(_is_layer(weight, bias, x.dtype) for weight, bias in layers)
         and all(one.shape[0] == other.shape[1] for (one, _), (other, _) in itertools.pairwise(layers))
         and x.shape[-1] == layers[0][0].shape[1]
+    )
+
+
+def run_on_kernels(x: Tensor, weights: tuple[Tensor, ...], others: tuple[Tensor | None, ...]) -> bool:
+    """Return True if the extension's float32 kernels may run here on x, on ``weights`` and on ``others``."""
+    return (
+        x.device.type == "cpu"
+        and is_plain((x,))  # first, because a compiler cannot trace the others
+        and _has_kernels()
+        and _are_readable(x, (x, *weights, *others))
+        and _has_kernels_for(x, *weights)
+        and all(t is None or t.dtype == x.dtype for t in (*weights, *others))
     )
 
 
@@ -219,14 +284,22 @@ def _is_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     return weight.dim() == 2 and weight.dtype == dtype and is_bias
 
 
-def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None) -> bool:
+def _joins(norm: Norm, x: Tensor) -> bool:
+    """Return True if kernels that run on x can compute the norm, too."""
+    parameters = norm.weight, norm.bias
+    return _are_readable(x, (x, *parameters)) and all(t is None or t.dtype == x.dtype for t in parameters)
+
+
+def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None, norm: Norm | None) -> bool:
     return (
         x.device.type == "cpu"
-        and _has_kernels()  # first, because it takes no time
+        and is_plain((x,))  # first, because a compiler cannot trace the others
+        and _has_kernels()
         and _is_fused(x, fc1, fc2)
         and _has_kernels_for(x, fc1[0], fc2[0])
         and x.shape[-1] + fc2[0].shape[0] <= _MOST_CHANNELS
         and (residual is None or _can_be_added(residual, x, fc2[0]))
+        and (norm is None or _joins(norm, x))
     )
 
 

@@ -44,6 +44,16 @@ def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm
     return weight * layer_scale[:, None], None if bias is None else bias * layer_scale
 
 
+def norm_parameters(
+    norm_weight: Tensor | None, norm_bias: Tensor | None, layer_scale: Tensor | None, norm: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the norm's weight and bias, multiplied by layer scale if ``norm`` is "post": that scales its result."""
+    if layer_scale is None or norm == "pre":
+        return norm_weight, norm_bias
+    weight = layer_scale if norm_weight is None else norm_weight * layer_scale
+    return weight, None if norm_bias is None else norm_bias * layer_scale
+
+
 def finish(
     x: Tensor,
     last: Callable[[Tensor | None], Tensor],
@@ -69,9 +79,7 @@ def finish(
             return fallback.add(x, branch, drop_path_scale)
     else:
         branch = last(None)
-        if layer_scale is not None:  # scaling the norm's parameters scales its result
-            norm_weight = layer_scale if norm_weight is None else norm_weight * layer_scale
-            norm_bias = None if norm_bias is None else norm_bias * layer_scale
+        norm_weight, norm_bias = norm_parameters(norm_weight, norm_bias, layer_scale, norm)
         if residual:
             return residual_post_norm(
                 x, branch, norm_weight, norm_bias, eps=eps, drop_path_scale=drop_path_scale, backend=backend

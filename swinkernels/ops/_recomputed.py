@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swinkernels.ops._fused_linear import linear
-from swinkernels.ops._library import any_requires_grad, is_untraced
+from swinkernels.ops._fused_linear import Norm, linear
+from swinkernels.ops._library import any_requires_grad, autocast_dtype, is_untraced
 from swinkernels.ops.layer_norm import norm_and_statistics, norm_gradients, run_norm
 from swinkernels.ops.residual_layer_norm import residual_norm_gradients, run_residual
 
@@ -57,8 +57,25 @@ def packed(weights: Sequence[Tensor]) -> Tensor:
 
 def _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, bias, *rest):
     *weights, eps, backend = rest
+    if branch is None:
+        norm = joinable_norm(x, norm_weight, norm_bias, eps, backend, weights[0].dtype)
+        if norm is not None:
+            return None, linear(x, packed(weights), bias, norm=norm)
     s, z = norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weights[0].dtype, eps, backend)
     return None if branch is None else s, linear(z, packed(weights), bias)
+
+
+def joinable_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str, dtype: torch.dtype
+) -> Norm | None:
+    """Return the norm of rows of x for :func:`linear` and :func:`mlp`, or None if they cannot compute it.
+
+    They can if torch computes it outside autocast and if x, its parameters and its result have the same dtype.
+    """
+    same = all(t is None or t.dtype == dtype for t in (x, weight, bias))
+    if backend != "torch" or not same or autocast_dtype(x) is not None:  # which may widen the norm's result
+        return None
+    return Norm(weight, bias, eps)
 
 
 def norm_of_sum(

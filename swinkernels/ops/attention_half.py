@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from swinkernels import reference
-from swinkernels.ops import _arguments
+from swinkernels.ops import _arguments, _fused_attention
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import backend_beside, choose, norm_reasons
-from swinkernels.ops._fused_linear import linear
-from swinkernels.ops._halves import cast, check_half, finish, scaled
-from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
+from swinkernels.ops._fused_linear import Norm, linear
+from swinkernels.ops._halves import cast, check_half, finish, norm_parameters, scaled
+from swinkernels.ops._library import Found, any_requires_grad, autocast_dtype, linear_dtype, looked_up
 from swinkernels.ops._recomputed import norm_linear, packed
 from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
+from swinkernels.window_spec import WindowSpec
 
 _KNOWN = Found()
 _TABLES = ("bias", "logit_scale", "region_map", "axis_tables")  # window attention's tables, except bias_table
@@ -95,7 +96,7 @@ def attention_half(
     generator = attention.pop("generator", None)
     weights: tuple[Tensor, ...] = qkv_weight if isinstance(qkv_weight, tuple) else (qkv_weight,)
 
-    def check() -> tuple[float, str]:
+    def check() -> tuple[float, str, WindowSpec | None]:
         op = "attention_half"
         _arguments.check_features(op, "x", x)
         number = check_half(
@@ -134,7 +135,8 @@ def attention_half(
         def of_norm(b: str) -> list[str]:
             return norm_reasons(b, "layer_norm", channels, dtypes, x.device)
 
-        return number, choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
+        chosen = choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
+        return number, chosen, spec if backend in ("auto", "cpu") and _fused_attention.takes(spec, channels) else None
 
     get = attention.get
     tensors: tuple[Any, ...] = (
@@ -147,13 +149,20 @@ def attention_half(
     dtype = linear_dtype(x)
     rest = tuple(item for item in attention.items() if item[0] not in _TABLES)
     options = (num_heads, window_size, eps, norm, residual, backend, len(weights), type(axis_tables).__name__, rest)
-    eps, norm_backend = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
+    eps, norm_backend, spec = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
     if backend == "reference":
         return reference.attention_half(
             x, norm_weight, norm_bias, packed(weights), qkv_bias, proj_weight, proj_bias, bias_table,
             num_heads=num_heads, window_size=window_size, eps=eps, norm=norm, residual=residual,
             drop_path_scale=drop_path_scale, layer_scale=layer_scale, generator=generator, **attention,
         )  # fmt: skip
+    if spec is not None and drop_path_scale is None and not any_requires_grad(tensors):
+        tables = bias_table, get("bias"), get("logit_scale"), get("region_map")
+        last = scaled(proj_weight, proj_bias, layer_scale, norm)
+        of_norm = Norm(*norm_parameters(norm_weight, norm_bias, layer_scale, norm), eps, norm)
+        y = _fused_attention.attention_half(x, weights, qkv_bias, last, of_norm, tables, spec, num_heads, residual)
+        if y is not None:
+            return y
     first, bias = cast(weights[0], qkv_bias, dtype)
     weights = first, *(weight.to(dtype) for weight in weights[1:])
     if norm == "pre":

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from swinkernels.ops._arguments import frame_size
-from swinkernels.ops._fused_linear import cast_linear
+from swinkernels.ops._fused_linear import Norm, cast_linear, linear
+from swinkernels.ops._fused_linear import layer_norm as rows_normed
 from swinkernels.ops._library import Found, is_plain, is_untraced
 
 # torch's attention kernels map batch * heads to an axis of the CUDA grid, which has at most this many blocks.
@@ -459,10 +460,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: fl
     """Run torch's norm, computed in the widest of the dtypes and rounded once."""
     wide, weight, bias = widest(x, weight, bias, dtype)
     x = x if x.dtype == wide else x.to(wide)
-    if weight is None and bias is not None:  # with only a bias, torch 2.14's second derivative is wrong or raises
-        z = F.layer_norm(x, x.shape[-1:], None, None, eps) + bias
-    else:
-        z = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    z = rows_normed(x, weight, bias, eps)
     return z if z.dtype == dtype else z.to(dtype)
 
 
@@ -516,6 +514,8 @@ def patch_merging(
     parts = [x[index] for index in indices]
     merged = torch.stack(parts, dim=-1).flatten(-2) if by_channel else torch.cat(parts, dim=-1)
     if norm == "pre":
+        if all(t is None or t.dtype == between for t in (merged, norm_weight, norm_bias, weight)):
+            return linear(merged, weight, None, norm=Norm(norm_weight, norm_bias, eps))
         return cast_linear(layer_norm(merged, norm_weight, norm_bias, eps=eps, dtype=between), weight)
     return layer_norm(cast_linear(merged, weight), norm_weight, norm_bias, eps=eps, dtype=dtype)
 

@@ -13,9 +13,9 @@ from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, mlp_half_reasons, norm_reasons, residual_reasons
 from swinkernels.ops._fused_linear import linear, mlp
 from swinkernels.ops._fused_mlp import fused_mlp, lacks
-from swinkernels.ops._halves import cast, check_half, finish, scaled
+from swinkernels.ops._halves import cast, check_half, finish, norm_parameters, scaled
 from swinkernels.ops._library import Found, any_requires_grad, autocast_dtype, linear_dtype, looked_up
-from swinkernels.ops._recomputed import gelu_linear, norm_linear, norm_of_sum
+from swinkernels.ops._recomputed import gelu_linear, joinable_norm, norm_linear, norm_of_sum
 
 _APPROXIMATIONS = ("none", "tanh")
 _KNOWN = Found()
@@ -157,13 +157,20 @@ def mlp_half(
             return y if added is None else fallback.add(added, y, None)
 
     else:
-        if norm == "pre":
+        parameters = norm_parameters(norm_weight, norm_bias, layer_scale, norm)
+        joined = joinable_norm(x, *parameters, eps, chosen, dtype) if branch is None else None
+        z = x
+        if joined is not None and norm == "post" and drop_path_scale is None:
+            return mlp(
+                x, fc1, fc2, gelu=approximate, residual=x if residual else None, norm=joined._replace(place=norm)
+            )
+        if norm == "post":
+            joined, z = None, x.to(dtype)
+        elif joined is None:
             x, z = norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, dtype, eps, chosen)
-        else:
-            z = x.to(dtype)
 
         def last(added: Tensor | None) -> Tensor:
-            return mlp(z, fc1, fc2, gelu=approximate, residual=added)
+            return mlp(z, fc1, fc2, gelu=approximate, residual=added, norm=joined)
 
     return finish(
         x, last, norm_weight, norm_bias, layer_scale, drop_path_scale, eps=eps, norm=norm, residual=residual,

@@ -19,9 +19,10 @@ pytest.importorskip("monai", reason="MONAI is not installed")
 pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
 
 import swinkernels
+from swinkernels import _extension
 from swinkernels.adapters import linear_layers
 from swinkernels.adapters.copies.block import StructuralBlock
-from swinkernels.ops import _fused_linear
+from swinkernels.ops import _fused_attention, _fused_linear
 from tests.support import published_forms
 from tests.support.copied_code import refuse_forward
 from tests.support.fused_products import always_fused, fused_calls
@@ -84,6 +85,27 @@ def test_the_same_results_by_fused_products(family):
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@every_family
+def test_each_half_is_one_op(family, monkeypatch):
+    """In float32, if there are enough windows for the kernels."""
+    if _extension.error is not None:
+        pytest.skip(_extension.error)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
+    monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", 0)
+    monkeypatch.setattr(_fused_attention, "_WINDOWS_PER_THREAD", 0)
+    model, x = make_model(family).float(), make_input(family).float()
+    fast = accelerated(model)
+    with fused_calls() as called:
+        got = fast(x)
+    last = PARTS[family][1][0].split(".")[-1]
+    blocks = sum(path.split(".")[-1] == last for path, _ in model.named_modules())
+    # The attention of Swin3D is called as a module.
+    assert called.count("swinkernels::fused_attention_half") == (0 if family == "torchvision Swin3D" else 2 * blocks)
+    assert called.count("swinkernels::fused_mlp") == 2 * blocks
+    expected = model(x)
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 def scale(module: nn.Module) -> None:
     module.register_forward_hook(lambda module, args, out: 1.5 * out)
 
@@ -113,7 +135,7 @@ EDITS: dict[str, Callable[[nn.Module], None]] = {
 
 @pytest.mark.parametrize(("family", "edit"), in_turn(PARTS, [*EDITS]))
 def test_edits_of_inner_modules_count(family, edit):
-    """An edit of any module that a fused product replaces takes effect, before and after ``accelerate``."""
+    """An edit of any module that a fused op replaces takes effect, before and after ``accelerate``."""
     path, parts = PARTS[family]
     model, x = make_model(family), make_input(family)
     unchanged = model(x)
@@ -121,7 +143,13 @@ def test_edits_of_inner_modules_count(family, edit):
     inner = [
         f"{part}.{name}" if name else part for part in parts for name, _ in block.get_submodule(part).named_modules()
     ]
-    for name in inner:
+    # Linear layers and norms of the attention half, some of which the library does not call.
+    others = [
+        name
+        for name, module in block.named_modules()
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and name not in inner
+    ]
+    for name in (*inner, *others):
         for is_before in (True, False):
             plain = copy.deepcopy(model)
             fast = copy.deepcopy(model) if is_before else accelerated(model)
@@ -131,7 +159,7 @@ def test_edits_of_inner_modules_count(family, edit):
                 swinkernels.accelerate(fast)
             expected = plain(x)
             torch.testing.assert_close(fast(x), expected, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
-            assert not torch.equal(expected, unchanged)
+            assert name in others or not torch.equal(expected, unchanged)
 
 
 class Doubled(nn.Module):

@@ -37,18 +37,45 @@ def layer(of: int, into: int, seed: int) -> tuple[Tensor, Tensor]:
     return draw(into, of, seed=seed) / of**0.5, draw(into, seed=seed + 1)
 
 
+Norm = tuple[Tensor | None, Tensor | None, str, float]  # the last arguments of the ops: weight, bias, place, eps
+NO_NORM: Norm = (None, None, "", 0.0)
+
+
+def fused_linear(x, weight, bias, residual, gelu, norm: Norm = NO_NORM) -> Tensor:
+    return OPS.fused_linear(x, weight, bias, residual, *norm[:2], gelu, *norm[2:])
+
+
+def fused_mlp(x, w1, b1, w2, b2, residual, gelu, norm: Norm = NO_NORM) -> Tensor:
+    return OPS.fused_mlp(x, w1, b1, w2, b2, residual, *norm[:2], gelu, *norm[2:])
+
+
+def normed(x: Tensor, norm: Norm, place: str) -> Tensor:
+    weight, bias, of, eps = norm
+    if of != place:
+        return x
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def activate(x: Tensor, gelu: str) -> Tensor:
     return F.gelu(x, approximate=gelu) if gelu else x
 
 
-def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: str) -> Tensor:
-    y = activate(F.linear(x, weight, bias), gelu)
+def plain_linear(x, weight, bias, residual, gelu, norm: Norm = NO_NORM) -> Tensor:
+    y = activate(F.linear(normed(x, norm, "pre"), weight, bias), gelu)
     return y if residual is None else residual + y
 
 
-def plain_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *rest) -> Tensor:
-    residual, gelu = rest
-    return plain_linear(activate(F.linear(x, w1, b1), gelu), w2, b2, residual, "")
+def plain_mlp(x, w1, b1, w2, b2, residual, gelu, norm: Norm = NO_NORM) -> Tensor:
+    h = activate(F.linear(normed(x, norm, "pre"), w1, b1), gelu)
+    y = normed(F.linear(h, w2, b2), norm, "post")
+    return y if residual is None else residual + y
+
+
+def norm_of(channels: int, place: str, seed: int = 0) -> Norm:
+    """Return a norm; every fourth seed leaves out the weight, the next one the bias."""
+    weight, bias = draw(channels, seed=seed), draw(channels, seed=seed + 50)
+    return None if seed % 4 == 1 else weight, None if seed % 4 == 2 else bias, place, 1e-5
 
 
 def check(op, plain, *arguments) -> Tensor:
@@ -70,7 +97,7 @@ def test_linear(rows, gelu):
         weight, bias = layer(of, into, seed=1)
         x, residual = draw(rows, of, seed=3), draw(rows, into, seed=4)
         odd = (of + into) % 2 == 1
-        check(OPS.fused_linear, plain_linear, x, weight, bias if odd else None, None if odd else residual, gelu)
+        check(fused_linear, plain_linear, x, weight, bias if odd else None, None if odd else residual, gelu)
 
 
 @pytest.mark.parametrize("gelu", GELUS)
@@ -81,7 +108,28 @@ def test_mlp(rows, gelu):
         x, residual = draw(rows, of, seed=3), draw(rows, into, seed=4)
         odd = (of + hidden + into) % 2 == 1
         biases = (b1, None) if odd else (None, b2)
-        check(OPS.fused_mlp, plain_mlp, x, w1, biases[0], w2, biases[1], residual if odd else None, gelu)
+        check(fused_mlp, plain_mlp, x, w1, biases[0], w2, biases[1], residual if odd else None, gelu)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_norms(rows):
+    for seed, (of, into) in enumerate(itertools.product([8, 31, 257, 600], [5, 48, 100])):
+        weight, bias = layer(of, into, seed=1)
+        x = draw(rows, of, seed=3) * 3 + 5
+        check(fused_linear, plain_linear, x, weight, bias, None, "none", norm_of(of, "pre", seed))
+        w2, b2 = layer(into, of, seed=5)
+        for place in ("pre", "post"):
+            check(fused_mlp, plain_mlp, x, weight, bias, w2, b2, x, "none", norm_of(of, place, seed))
+
+
+def test_norm_of_equal_values():
+    """A row of equal values is normalised to the bias, also if it is large; NaN and infinities become NaN."""
+    x = torch.full((40, 24), 1e4)
+    x[1], x[2, 3], x[3, 0] = 0.0, torch.nan, torch.inf
+    weight, bias = layer(24, 8, seed=1)
+    y = fused_linear(x, weight, bias, None, "", (None, None, "pre", 1e-5))
+    assert y[2:4].isnan().all()
+    torch.testing.assert_close(y[[0, 1, 39]], bias.expand(3, 8), rtol=0, atol=0)
 
 
 def test_large():
@@ -89,9 +137,9 @@ def test_large():
     for rows, of, into in ((3000, 96, 288), (200, 384, 1536), (49, 1536, 384), (49, 768, 2304)):
         weight, bias = layer(of, into, seed=1)
         x = draw(rows, of)
-        check(OPS.fused_linear, plain_linear, x, weight, bias, None, "none")
+        check(fused_linear, plain_linear, x, weight, bias, None, "none")
         w2, b2 = layer(into, of, seed=2)
-        check(OPS.fused_mlp, plain_mlp, x, weight, bias, w2, b2, x, "none")
+        check(fused_mlp, plain_mlp, x, weight, bias, w2, b2, x, "none")
 
 
 def behind_an_offset(x: Tensor) -> Tensor:
@@ -106,21 +154,21 @@ def test_strides_and_leading_axes():
     wide = torch.stack([w1, -w1], 1).flatten(1)[:, :24]  # rows are 48 apart
     for weight in (w1, wide, w1.t().contiguous().t(), behind_an_offset(w1)):
         bias = torch.stack([b1, -b1], 1)[:, 0]
-        y = OPS.fused_mlp(x, weight, bias, w2, b2, residual, "tanh")
+        y = fused_mlp(x, weight, bias, w2, b2, residual, "tanh")
         assert y.is_contiguous()
         torch.testing.assert_close(y, plain_mlp(x, weight, bias, w2, b2, residual, "tanh"))
-        torch.testing.assert_close(OPS.fused_linear(x, weight, bias, None, ""), F.linear(x, weight, bias))
-    assert OPS.fused_linear(x[0, 0, 0], w1, b1, None, "").shape == (40,)
+        torch.testing.assert_close(fused_linear(x, weight, bias, None, ""), F.linear(x, weight, bias))
+    assert fused_linear(x[0, 0, 0], w1, b1, None, "").shape == (40,)
 
 
 def test_nothing():
     """Without rows the result is empty; without input or hidden channels it is the bias."""
     weight, bias = layer(8, 4, seed=1)
-    assert OPS.fused_linear(draw(0, 8), weight, bias, None, "").shape == (0, 4)
-    assert OPS.fused_mlp(draw(3, 0, 8), weight, bias, weight.t(), None, None, "none").shape == (3, 0, 8)
-    assert OPS.fused_linear(draw(3, 8), weight[:0], None, None, "").shape == (3, 0)
-    torch.testing.assert_close(OPS.fused_linear(draw(3, 0), weight[:, :0], bias, None, ""), bias.expand(3, 4))
-    y = OPS.fused_mlp(draw(3, 8), weight[:0], None, weight[:, :0], bias, None, "none")
+    assert fused_linear(draw(0, 8), weight, bias, None, "").shape == (0, 4)
+    assert fused_mlp(draw(3, 0, 8), weight, bias, weight.t(), None, None, "none").shape == (3, 0, 8)
+    assert fused_linear(draw(3, 8), weight[:0], None, None, "").shape == (3, 0)
+    torch.testing.assert_close(fused_linear(draw(3, 0), weight[:, :0], bias, None, ""), bias.expand(3, 4))
+    y = fused_mlp(draw(3, 8), weight[:0], None, weight[:, :0], bias, None, "none")
     torch.testing.assert_close(y, bias.expand(3, 4))
 
 
@@ -131,7 +179,7 @@ def test_gelu(gelu):
     exact = F.gelu(x.double(), approximate=gelu)
     errors = [
         (y.double() - exact).abs()
-        for y in (OPS.fused_linear(x[:, None], torch.ones(1, 1), None, None, gelu)[:, 0], F.gelu(x, approximate=gelu))
+        for y in (fused_linear(x[:, None], torch.ones(1, 1), None, None, gelu)[:, 0], F.gelu(x, approximate=gelu))
     ]
     middle = x.abs() <= 20
     assert errors[0][middle].max() <= 1.25 * errors[1][middle].max()
@@ -146,9 +194,9 @@ def test_special_values(gelu):
     """NaN stays NaN, and GELU of an infinity is its limit; only their own rows are affected."""
     x = draw(40, 16)
     weight, bias = layer(16, 24, seed=1)
-    expected = OPS.fused_linear(x, weight, bias, None, gelu)
+    expected = fused_linear(x, weight, bias, None, gelu)
     x[3, 5], x[17, 0] = torch.nan, torch.inf
-    got = OPS.fused_linear(x, weight, bias, None, gelu)
+    got = fused_linear(x, weight, bias, None, gelu)
     others = [i for i in range(40) if i not in (3, 17)]
     torch.testing.assert_close(got[others], expected[others], rtol=0, atol=0)
     assert got[3].isnan().all()
@@ -158,19 +206,25 @@ def test_special_values(gelu):
 
 def test_results_do_not_depend_on_threads_or_other_rows():
     x, (w1, b1), (w2, b2) = draw(700, 96), layer(96, 384, seed=1), layer(384, 96, seed=5)
+
+    def run(rows: slice) -> list[Tensor]:
+        z = x[rows]
+        norms = [NO_NORM, norm_of(96, "pre"), norm_of(96, "post")]
+        linears = [fused_linear(z, w1, b1, None, "none", norm) for norm in norms[:2]]
+        return linears + [fused_mlp(z, w1, b1, w2, b2, z, "none", norm) for norm in norms]
+
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            results.append((OPS.fused_linear(x, w1, b1, None, "none"), OPS.fused_mlp(x, w1, b1, w2, b2, x, "none")))
+            results.append(run(slice(None)))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
     for rows in (slice(5, 6), slice(100, 333), slice(7, 57), slice(0, 67)):
-        assert torch.equal(OPS.fused_linear(x[rows], w1, b1, None, "none"), results[0][0][rows])
-        assert torch.equal(OPS.fused_mlp(x[rows], w1, b1, w2, b2, x[rows], "none"), results[0][1][rows])
+        assert all(torch.equal(one, other[rows]) for one, other in zip(run(rows), results[0], strict=True))
 
 
 def test_wrong_arguments():
@@ -182,11 +236,16 @@ def test_wrong_arguments():
         ((x, weight, bias[:3], None, ""), "one value for each row"),
         ((x, weight, bias, draw(3, 5), ""), "the result's shape"),
         ((x, weight, bias, None, "erf"), "gelu must be"),
+        ((x, weight, bias, None, "", (None, None, "after", 1e-5)), "norm must be"),
+        ((x, weight, bias, None, "", (None, None, "post", 1e-5)), "no norm after"),
+        ((x, weight, bias, None, "", (draw(4), None, "pre", 1e-5)), "one value for each channel"),
+        ((x, weight, bias, None, "", (None, draw(8).double(), "pre", 1e-5)), "float32"),
     ):
         with pytest.raises(RuntimeError, match=words):
-            OPS.fused_linear(*arguments)
+            fused_linear(*arguments)
+    total = _fused_linear._LINEAR_OP(x.requires_grad_(), weight, bias, None, None, None, "", "", 0.0).sum()
     with pytest.raises(NotImplementedError, match="no derivative"):
-        _fused_linear._LINEAR_OP(x.requires_grad_(), weight, bias, None, "").sum().backward()
+        total.backward()
 
 
 def every_second(x: Tensor) -> Tensor:
@@ -194,23 +253,26 @@ def every_second(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("placed", [torch.clone, behind_an_offset, every_second])
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_freed_memory(index, placed):
     """A tensor whose memory was freed, as sharding and offloading do with parameters, raises an error."""
     (w1, b1), (w2, b2) = layer(24, 40, seed=1), layer(40, 24, seed=5)
-    tensors = [draw(30, 24), w1, b1, w2, b2, draw(30, 24, seed=2)]
+    tensors = [draw(30, 24), w1, b1, w2, b2, draw(30, 24, seed=2), draw(24), draw(24)]
     tensors[index] = placed(tensors[index])
     tensors[index].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has been freed"):
-        OPS.fused_mlp(*tensors, "none")
+        fused_mlp(*tensors[:6], "none", (*tensors[6:], "pre", 1e-5))
 
 
 def test_opcheck():
     (w1, b1), (w2, b2) = layer(24, 40, seed=1), layer(40, 24, seed=5)
     x = draw(2, 3, 24)
     names = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(OPS.fused_linear.default, (x, w1, b1, None, "none"), test_utils=names)
-    torch.library.opcheck(OPS.fused_mlp.default, (x, w1, b1, w2, b2, x, "tanh"), test_utils=names)
+    of_linear = (x, w1, b1, None, None, None, "none", "pre", 1e-5)
+    torch.library.opcheck(OPS.fused_linear.default, of_linear, test_utils=names)
+    torch.library.opcheck(
+        OPS.fused_mlp.default, (x, w1, b1, w2, b2, x, draw(24), draw(24), "tanh", "post", 1e-5), test_utils=names
+    )
 
 
 ISA_CASES = """
@@ -223,6 +285,8 @@ except (RuntimeError, ValueError) as error:
     print(error)
     sys.exit(77)
 assert used == os.environ["SWINKERNELS_CPU_ISA"]
+for rows in tests.ROWS:
+    tests.test_norms(rows)
 for gelu in tests.GELUS:
     for rows in tests.ROWS:
         tests.test_linear(rows, gelu)

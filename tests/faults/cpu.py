@@ -7,14 +7,17 @@ from tests.faults import Fault
 _KERNEL = "csrc/kernels/cpu/window_attention.inl"
 _TESTS = "tests/cpu/test_window_attention.py::"
 _LINEAR = "csrc/kernels/cpu/linear.inl"
+_PANELS = "csrc/kernels/cpu/panels.inl"
 _LINEAR_TESTS = "tests/cpu/test_linear.py::"
+_HALF = "csrc/kernels/cpu/attention_half.inl"
+_HALF_TESTS = "tests/cpu/test_attention_half.py::"
 _FORMS = "tests/ops/test_axis_tables_and_key_windows.py::test_the_cpu_kernels"
 
 FAULTS = {
     "cpu-mask-within-regions": Fault(
         _KERNEL,
-        "(query_region != splat(window.region[key])) & mask_value",
-        "(query_region == splat(window.region[key])) & mask_value",
+        "(query_region != splat(region[key])) & mask_value",
+        "(query_region == splat(region[key])) & mask_value",
         _TESTS + "test_geometries",
     ),
     "cpu-factor-of-the-pads": Fault(
@@ -78,13 +81,13 @@ FAULTS = {
         _TESTS + "test_strides",
     ),
     "bindings-tables-as-if-contiguous": Fault(
-        "csrc/bindings/window_attention.cpp",
+        "csrc/bindings/window_call.h",
         "if (*x && !(*x)->is_contiguous()) *x =",
         "if (*x && (*x)->is_contiguous()) *x =",
         _TESTS + "test_strides",
     ),
     "cpu-linear-rows-of-the-last-vector": Fault(
-        _LINEAR,
+        _PANELS,
         "smaller(v + r, rows - 1)",
         "smaller(r, rows - 1)",
         _LINEAR_TESTS + "test_linear",
@@ -108,15 +111,15 @@ FAULTS = {
         _LINEAR_TESTS + "test_mlp",
     ),
     "cpu-linear-bias-of-the-first-slice": Fault(
-        _LINEAR,
+        _PANELS,
         "bias_of(layer, first + smaller(c + i, count - 1))",
         "bias_of(layer, smaller(c + i, count - 1))",
         _LINEAR_TESTS + "test_linear",
     ),
     "cpu-linear-last-row": Fault(
-        _LINEAR,
-        "for (int64_t r = 0; r < last; ++r) {",
-        "for (int64_t r = 0; r + 1 < last; ++r) {",
+        _PANELS,
+        "for (int64_t r = 0; r < last; ++r) {\n        const auto",
+        "for (int64_t r = 0; r + 1 < last; ++r) {\n        const auto",
         _LINEAR_TESTS + "test_linear",
     ),
     "cpu-linear-tail-of-another-slice": Fault(
@@ -144,9 +147,57 @@ FAULTS = {
         _LINEAR_TESTS + "test_mlp",
     ),
     "cpu-gelu-of-negative-numbers": Fault(
-        _LINEAR,
+        _PANELS,
         "(x < Vec{} ? Vec{} : x) - a * exp(-p)",
         "x - a * exp(-p)",
         _LINEAR_TESTS + "test_gelu",
+    ),
+    "cpu-norm-without-its-bias": Fault(
+        _PANELS,
+        "norm.bias == nullptr ? x : x + norm.bias[c]",
+        "x",
+        _LINEAR_TESTS + "test_norms",
+    ),
+    "cpu-norm-of-the-first-tail-row": Fault(
+        _LINEAR,
+        "panels.packed_tail[c * kLanes + r]",
+        "panels.packed_tail[c * kLanes]",
+        _LINEAR_TESTS + "test_norms",
+    ),
+    "cpu-half-output-of-the-first-window": Fault(
+        _HALF,
+        "s.attended + head * dim * stride + at + first;",
+        "s.attended + head * dim * stride + first;",
+        _HALF_TESTS + "test_results",
+    ),
+    "cpu-half-norm-of-pad-tokens": Fault(
+        _HALF,
+        "s.x_offsets[r] == kPad && c < p.channels",
+        "s.x_offsets[r] == kPad && c < 0",
+        _HALF_TESTS + "test_results",
+    ),
+    "cpu-half-bias-of-the-first-head": Fault(
+        _HALF,
+        "add_bias(p.qkv[part], head * dim, dim, factor,",
+        "add_bias(p.qkv[part], 0, dim, factor,",
+        _HALF_TESTS + "test_results",
+    ),
+    "cpu-half-regions-of-the-first-window": Fault(
+        _HALF,
+        "s.masked[w], s.regions + at, b",
+        "s.masked[w], s.regions, b",
+        _HALF_TESTS + "test_results",
+    ),
+    "cpu-half-bias-type-of-the-last-window": Fault(
+        _HALF,
+        "s.bias.block(s.bias_types[w], head, b)",
+        "s.bias.block(s.window.bias_type, head, b)",
+        _HALF_TESTS + "test_results",
+    ),
+    "bindings-half-weight-of-q-for-all": Fault(
+        "csrc/bindings/attention_half.cpp",
+        "layer.weight += i * width * layer.row_stride;",
+        "layer.weight += 0;",
+        _HALF_TESTS + "test_results",
     ),
 }

@@ -69,11 +69,28 @@ def test_linear_layers(gelu: str) -> None:
     """The decompositions equal the CPU kernels."""
     x, residual, fc1, bias, fc2 = (torch.randn(s) for s in ((2, 3, 6), (2, 3, 6), (10, 6), (10,), (6, 10)))
     for name, *arguments in (
-        ("fused_linear", x, fc1, bias, None, gelu),
-        ("fused_linear", x, fc2.t()[:6], None, residual, gelu),
-        ("fused_mlp", x, fc1, bias, fc2, None, residual, gelu),
+        ("fused_linear", x, fc1, bias, None, None, None, gelu, "", 0.0),
+        ("fused_linear", x, fc2.t()[:6], None, residual, fc2[:, 0], fc2[:, 1], gelu, "pre", 1e-3),
+        ("fused_mlp", x, fc1, bias, fc2, None, residual, fc2[:, 0], None, gelu, "pre", 1e-3),
+        ("fused_mlp", x, fc1, bias, fc2, None, residual, None, fc2[:, 1], gelu, "post", 1e-3),
     ):
         torch.testing.assert_close(decomposed(name, *arguments), getattr(ops, name)(*arguments))
+
+
+@needs_cpu
+@pytest.mark.parametrize("norm", ["", "pre", "post"])
+def test_attention_half(norm: str) -> None:
+    """The decomposition equals the CPU kernel."""
+    x, q, k, v, bias = (torch.randn(s) for s in ((2, 5, 6, 12), (8, 12), (8, 12), (8, 12), (24,)))
+    proj, table, logit_scale, of_norm = (torch.randn(s) for s in ((12, 8), (15, 2), (2,), (12,)))
+    rest = "window_size=2,3;shift_size=1,0", 0.3, -100.0, 2, norm != "", norm, 1e-3
+    for weights, tables in (
+        ((torch.cat([q, k, v]), None, None), (table, None, None, None)),
+        ((q, k, v), (None, torch.randn(2, 6, 6), logit_scale, None)),
+    ):
+        arguments = (x, *weights, bias, proj, None, of_norm, None, *tables, *rest)
+        got = decomposed("fused_attention_half", *arguments)
+        torch.testing.assert_close(got, ops.fused_attention_half(*arguments))
 
 
 @pytest.mark.parametrize("pad_order", ["pad_then_roll", "roll_then_pad"])

@@ -47,9 +47,9 @@ def test_linear_layers_count_as_torchs() -> None:
     x, fc1, fc2 = (torch.empty(shape, device="meta") for shape in ((2, 5, 96), (384, 96), (64, 384)))
     counts = []
     for call in (
-        lambda: torch.ops.swinkernels.fused_linear(x, fc1, None, None, "none"),
+        lambda: torch.ops.swinkernels.fused_linear(x, fc1, None, None, None, None, "none", "", 0.0),
         lambda: F.gelu(F.linear(x, fc1)),
-        lambda: torch.ops.swinkernels.fused_mlp(x, fc1, None, fc2, None, None, "none"),
+        lambda: torch.ops.swinkernels.fused_mlp(x, fc1, None, fc2, None, None, None, None, "none", "", 0.0),
         lambda: F.linear(F.gelu(F.linear(x, fc1)), fc2),
     ):
         with FlopCounterMode(display=False) as counter:
@@ -57,6 +57,20 @@ def test_linear_layers_count_as_torchs() -> None:
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
     assert counts[2] == counts[3] > counts[0]
+
+
+def test_attention_half_counts_as_its_parts() -> None:
+    x, qkv, proj = (torch.randn(shape) for shape in ((2, 6, 7, 12), (72, 12), (12, 24)))
+    counts = []
+    for weights in ((qkv, None, None), qkv.chunk(3)):
+        with FlopCounterMode(display=False) as counter:
+            arguments = (*weights, None, proj, *(None,) * 7, "window_size=4,4", 0.3, -100.0, 2, True, "pre", 1e-5)
+            torch.ops.swinkernels.fused_attention_half(x, *arguments)
+        counts.append(counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        out = swinkernels.window_attention_qkvpacked(F.linear(x, qkv), num_heads=2, window_size=4, backend="cpu")
+        F.linear(out, proj)
+    assert counts == [counter.get_total_flops()] * 2
 
 
 def test_formulas_wait_for_the_counter() -> None:

@@ -9,7 +9,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from swinkernels.adapters import linear_layers
+from swinkernels.adapters import halves, linear_layers
+from swinkernels.adapters.copies import block
 from swinkernels.ops import _fused_linear
 from swinkernels.ops._library import is_plain
 
@@ -26,18 +27,21 @@ def fused_calls() -> Iterator[list[str]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield names
     products = {"mkldnn::_linear_pointwise": 1, "swinkernels::fused_linear": 1, "swinkernels::fused_mlp": 2}
+    products["swinkernels::fused_attention_half"] = 2  # except those of the attention
     for event in profile.events():
         names += [event.name] * products.get(event.name, 0)
 
 
 @contextlib.contextmanager
 def always_fused() -> Iterator[None]:
-    """Make modules use fused Linear layers for maps of any size and dtype.
+    """Make modules use fused Linear layers and halves for maps of any size and dtype.
 
     In float64, plain PyTorch still computes the products, so such tests only check which modules are called.
     """
     with (
         mock.patch.object(linear_layers, "fuses", _fuses),
+        mock.patch.object(halves, "joins", _fuses),
+        mock.patch.object(block, "joins", _fuses),
         mock.patch.object(_fused_linear, "_is_large", lambda x, weight: x.numel() > 0),
     ):
         yield

@@ -1,4 +1,5 @@
 // Divides scratch memory into pieces; see simd.inl for how this is compiled.
+#pragma once
 #include "simd.inl"
 
 #ifdef __has_feature

@@ -27,7 +27,6 @@ class AxisTables {
     tables_ = arena.take<float>(rows_ * sizes.row);
     products_ = arena.take<float>(rows_ * sizes.block);
     by_coordinate_ = arena.take<float>(coordinates * sizes.block);
-    share_of_dq_ = arena.take<float>(sizes.block * sizes.row);
     if (tables_ == nullptr) return;
     for (int64_t r = 0; r < rows_; ++r) load_row<Float32>(table + r * sizes.dim, sizes.dim, tables_ + r * sizes.row);
   }
@@ -77,11 +76,8 @@ class AxisTables {
       float* dtable = dtables + first * sizes_.row;
       matmul<false>(span.count, sizes_.row, queries, dproducts, sizes_.block, q, sizes_.row, dtable, dtable,
                     sizes_.row);
-      // The loop below adds the product to dq: no call to matmul<true> passes an addend, so the compiler can drop the
-      // check for one.
       matmul<true>(queries, sizes_.row, span.count, dproducts, sizes_.block, tables_ + first * sizes_.row, sizes_.row,
-                   nullptr, share_of_dq_, sizes_.row);
-      for (int64_t k = 0; k < queries * sizes_.row; k += kLanes) store(dq + k, load(dq + k) + load(share_of_dq_ + k));
+                   dq, dq, sizes_.row);
     }
   }
 
@@ -166,5 +162,4 @@ class AxisTables {
   float* tables_ = nullptr;         // (rows, row)
   float* products_ = nullptr;       // (rows, block), or their gradients
   float* by_coordinate_ = nullptr;  // (coordinates of all axes, block), or their gradients
-  float* share_of_dq_ = nullptr;    // (block, row)
 };

@@ -1,43 +1,14 @@
-// Linear layers in float32 on a CPU. Chooses the kernels for this machine's instruction set.
-#include <cstdint>
-
-#include "linear_kernels.h"
-#include "machine.h"
+// Linear layers in float32, and the halves of a block that consist of them, on a CPU.
+#include "kernels.h"
+#include "params/attention_half_cpu.h"
 #include "params/linear_cpu.h"
 
 namespace swinkernels::cpu {
-namespace {
 
-const LinearKernels& kernels() {
-  switch (chosen_instruction_set()) {
-#ifdef __x86_64__
-    case InstructionSet::kAvx512:
-      return kAvx512LinearKernels;
-    case InstructionSet::kAvx2:
-      return kAvx2LinearKernels;
-#endif
-    default:
-      return kBaselineLinearKernels;
-  }
-}
-
-template <class Params>
-void forward(const Params& p, int64_t tasks, int64_t bytes, void (*kernel)(const Params&, int64_t*, void*),
-             ParallelFor parallel_for) {
-  int64_t next = 0;
-  run(parallel_for, tasks, [&](int64_t, int64_t) { kernel(p, &next, scratch(bytes)); });
-}
-
-}  // namespace
-
-void linear_forward(const LinearParams& p, ParallelFor parallel_for) {
-  const LinearKernels& k = kernels();
-  forward(p, k.linear_tasks(p), k.linear_scratch_bytes(p), k.linear, parallel_for);
-}
-
-void mlp_forward(const MlpParams& p, ParallelFor parallel_for) {
-  const LinearKernels& k = kernels();
-  forward(p, k.mlp_tasks(p), k.mlp_scratch_bytes(p), k.mlp, parallel_for);
+void linear_forward(const LinearParams& p, ParallelFor parallel_for) { run_tasks(kernels().linear, p, parallel_for); }
+void mlp_forward(const MlpParams& p, ParallelFor parallel_for) { run_tasks(kernels().mlp, p, parallel_for); }
+void attention_half_forward(const AttentionHalfParams& p, ParallelFor parallel_for) {
+  run_tasks(kernels().attention_half, p, parallel_for);
 }
 
 }  // namespace swinkernels::cpu

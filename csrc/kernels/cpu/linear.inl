@@ -15,7 +15,8 @@
 // Work      One multiplication and addition for each row and element of the weights, with the rows rounded up to whole
 //           vectors. With 8 lanes, that takes 0.25 instructions each; the transposes and the bias take about 1 instruction
 //           per element of x and 3 per element of the result, and GELU 6.
-#include "arena.inl"
+#pragma once
+#include "panels.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
@@ -24,8 +25,6 @@ constexpr int64_t kPanelRows = kTileVectors * kLanes;
 constexpr int64_t kMaxTail = kLanes / 4;
 constexpr int64_t kMaxBlockRows = 128;
 constexpr int64_t kMaxBlockFloats = 512 << 10;  // of x, for a Linear layer with many input channels
-constexpr int64_t kColumns = 48;                // a multiple of the tiles' heights and of kLanes
-constexpr int64_t kDepth = 256;
 constexpr int64_t kHidden = 192;
 // An MLP's block has this many floats of x, of its result and of kHidden hidden channels, so that they stay in L2.
 constexpr int64_t kMlpBlockFloats = 96 << 10;
@@ -59,82 +58,47 @@ struct Block {
   int64_t width_of(int64_t panel) const { return round_up(rows_of(panel), kLanes); }
 };
 
-// Memory for the panels of a block, each of which has this many channels, and for the tail, which is not transposed.
+// Memory for the panels of a block, each of which has this many channels, and for the tail, which is not transposed
+// except while its rows are normalised.
 struct Panels {
-  float *data, *tail;
+  float *data, *tail, *packed_tail;
   int64_t channels, tail_stride;
 
-  Panels(const Blocks& blocks, int64_t all_channels, Arena& arena)
+  Panels(const Blocks& blocks, int64_t all_channels, bool normalises, Arena& arena)
       : channels(all_channels), tail_stride(round_up(all_channels, kLanes)) {
     data = arena.take<float>(blocks.size * channels);
     tail = arena.take<float>(kMaxTail * tail_stride);
+    packed_tail = arena.take<float>(normalises ? kLanes * channels : 0);
   }
   float* at(int64_t panel) const { return data + panel * kPanelRows * channels; }
   float* tail_row(int64_t row) const { return tail + row * tail_stride; }
 };
 
-// panel (channels, width) = the transpose of x (rows, channels), whose rows are `stride` apart.
-void pack(const float* x, int64_t stride, int64_t rows, int64_t channels, float* panel) {
-  const int64_t width = round_up(rows, kLanes), whole = channels / kLanes * kLanes;
-  for (int64_t v = 0; v < width; v += kLanes) {
-    const float* from[kLanes];  // the last row takes the place of rows that do not exist
-    for (int64_t r = 0; r < kLanes; ++r) from[r] = x + smaller(v + r, rows - 1) * stride;
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) block[r] = load(from[r] + c);
-      exchange_rows<1>(block);
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) store(panel + (c + r) * width + v, block[r]);
-    }
-    for (int64_t c = whole; c < channels; ++c) {
-      for (int64_t r = 0; r < kLanes; ++r) panel[c * width + v + r] = from[r][c];
-    }
+// Replaces a block's rows of `channels` channels by their layer norms.
+void normalise_block(const RowNorm& norm, int64_t channels, const Block& block, const Panels& panels) {
+  for (int64_t i = 0; i < block.panels; ++i) {
+    normalise(norm, channels, block.width_of(i), panels.at(i), block.width_of(i));
+  }
+  if (block.tail == 0) return;
+  pack([&](int64_t r) { return panels.tail_row(r); }, block.tail, channels, panels.packed_tail, kLanes);
+  normalise(norm, channels, kLanes, panels.packed_tail, kLanes);
+  for (int64_t r = 0; r < block.tail; ++r) {
+    for (int64_t c = 0; c < channels; ++c) panels.tail_row(r)[c] = panels.packed_tail[c * kLanes + r];
   }
 }
 
-// Returns GELU(x). The relative error is below 1e-6 for x >= -3; below, the absolute error is below 1e-8. For an infinity
-// the result is the limit, where torch returns NaN for -infinity.
-SWINKERNELS_INLINE Vec gelu(Vec x) {
-  // GELU(x) = max(x, 0) - a Phi(-a), a = |x|, with Phi(-a) = exp(-p(a)). The polynomial p is a minimax fit for a <= 6,
-  // with errors of p weighted by Phi(-a); above, it grows so fast that exp(-p(a)) < Phi(-6) until it is 0.
-  const Vec magnitude = (Vec)((Bits)x & 0x7fffffff);
-  const Vec a = magnitude < splat(16.0f) ? magnitude : splat(16.0f);  // an infinity times 0 would be NaN
-  Vec p = splat(2.34366807e-8f);
-  p = p * a + -6.7639707e-7f;
-  p = p * a + 8.36855534e-6f;
-  p = p * a + -5.67320832e-5f;
-  p = p * a + 2.03868312e-4f;
-  p = p * a + -1.46355763e-5f;
-  p = p * a + -4.80455791e-3f;
-  p = p * a + 3.63467034e-2f;
-  p = p * a + 0.31830732f;
-  p = p * a + 0.797884778f;
-  p = p * a + 0.693147178f;
-  return (x < Vec{} ? Vec{} : x) - a * exp(-p);  // NaN stays NaN
-}
-
-// Returns x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) as x / (1 + exp(-2 sqrt(2 / pi) (...))).
-SWINKERNELS_INLINE Vec gelu_tanh(Vec x) {
-  const Vec low = x < splat(-16.0f) ? splat(-16.0f) : x;  // where the result is -3e-34; NaN stays NaN
-  const Vec exponent = low * (low * low * -0.0713548162f + -1.59576912f);
-  return low / (exp(exponent < splat(80.0f) ? exponent : splat(80.0f)) + 1.0f);
-}
-
-SWINKERNELS_INLINE Vec activate(Vec x, Activation activation) {
-  if (activation == Activation::kGelu) return gelu(x);
-  return activation == Activation::kGeluTanh ? gelu_tanh(x) : x;
-}
-
-// Packs a block's rows of x, which are `stride` apart.
-void pack_block(const float* x, int64_t stride, const Block& block, const Panels& panels) {
+// Packs a block's rows of x, which are `stride` apart, and normalises them if a norm is given.
+void pack_block(const float* x, int64_t stride, const RowNorm& norm, const Block& block, const Panels& panels) {
   for (int64_t i = 0; i < block.panels; ++i) {
-    pack(x + (block.first + i * kPanelRows) * stride, stride, block.rows_of(i), panels.channels, panels.at(i));
+    const float* first = x + (block.first + i * kPanelRows) * stride;
+    pack([&](int64_t r) { return first + r * stride; }, block.rows_of(i), panels.channels, panels.at(i),
+         block.width_of(i));
   }
   for (int64_t r = 0; r < block.tail; ++r) {
     const float* row = x + (block.first + block.rows + r) * stride;
     for (int64_t c = 0; c < panels.channels; ++c) panels.tail_row(r)[c] = row[c];
   }
+  if (norm.given) normalise_block(norm, panels.channels, block, panels);
 }
 
 // Multiplies `count` rows of a weight, which are `stride` apart, by kRows rows of x, for `depth` channels. Row r of the
@@ -188,8 +152,8 @@ void multiply(const LinearLayer& layer, int64_t first, int64_t count, int64_t ch
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t width = block.width_of(i);
     float* sums = y.at(i) + y_channel * width;
-    matmul<false>(count, width, depth, weight, layer.row_stride, x.at(i) + x_channel * width, width,
-                  adds ? sums : nullptr, sums, width);
+    matmul_fetching(count, width, depth, weight, layer.row_stride, x.at(i) + x_channel * width, width,
+                    adds ? sums : nullptr, sums, width, i == 0 ? next_slice(layer, first, channel) : nullptr);
   }
   if (block.tail > 0) {
     multiply_tail<kMaxTail>(block.tail, weight, layer.row_stride, count, depth, x.tail + x_channel, x.tail_stride,
@@ -208,10 +172,6 @@ void multiply_all(const LinearLayer& layer, int64_t first, int64_t count, const 
       d += kDepth;
     } while (d < layer.in_features);
   }
-}
-
-SWINKERNELS_INLINE Vec bias_of(const LinearLayer& layer, int64_t channel) {
-  return splat(layer.bias == nullptr ? 0.0f : layer.bias[channel]);
 }
 
 // Returns or stores the first `count` lanes of a vector.
@@ -252,46 +212,6 @@ void activate_all(const LinearLayer& layer, int64_t first, int64_t count, const 
   }
 }
 
-// out (rows, count) = residual + the transpose of activation(y + bias) for the panel y (count, width), whose channels are
-// the layer's channels from `first` on. The rows of out and of the residual, which may be null, are `stride` apart. y has
-// room for `count` rounded up to whole vectors.
-template <Activation kActivation>
-void unpack(const LinearLayer& layer, int64_t first, int64_t count, const float* y, int64_t rows, const float* residual,
-            float* out, int64_t stride) {
-  const int64_t width = round_up(rows, kLanes);
-  const auto store_sum = [&](int64_t offset, Vec x) {
-    store(out + offset, residual == nullptr ? x : load(residual + offset) + x);
-  };
-  for (int64_t v = 0; v < width; v += kLanes) {
-    const int64_t last = smaller(kLanes, rows - v);
-    for (int64_t c = 0; c < count; c += kLanes) {
-      const int64_t channels = smaller(kLanes, count - c);
-      const int64_t at = v * stride + c;
-      Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const Vec bias = bias_of(layer, first + smaller(c + i, count - 1));
-        block[i] = activate(load(y + (c + i) * width + v) + bias, kActivation);
-      }
-      exchange_rows<1>(block);
-      if (last == kLanes && channels == kLanes) {
-#pragma GCC unroll 16
-        for (int r = 0; r < kLanes; ++r) store_sum(at + r * stride, block[r]);
-        continue;
-      }
-      float part[kLanes][kLanes];
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) store(part[r], block[r]);
-      for (int64_t r = 0; r < last; ++r) {
-        for (int64_t i = 0; i < channels; ++i) {
-          const int64_t offset = at + r * stride + i;
-          out[offset] = residual == nullptr ? part[r][i] : residual[offset] + part[r][i];
-        }
-      }
-    }
-  }
-}
-
 // out = residual + activation(y + bias) for a block's rows of out and of the residual, which may be null, and channels
 // [0, count) of y, which are the layer's channels from `first` on.
 template <Activation kActivation>
@@ -300,8 +220,9 @@ void unpack_block(const LinearLayer& layer, int64_t first, int64_t count, const 
   const int64_t stride = layer.out_features;
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t at = (block.first + i * kPanelRows) * stride + first;
-    unpack<kActivation>(layer, first, count, y.at(i), block.rows_of(i), residual == nullptr ? nullptr : residual + at,
-                        out + at, stride);
+    unpack<kActivation>(layer, first, count, y.at(i), block.width_of(i), block.rows_of(i), [&](int64_t r) {
+      return Place{out + at + r * stride, residual == nullptr ? nullptr : residual + at + r * stride};
+    });
   }
   for (int64_t r = 0; r < block.tail; ++r) {
     for (int64_t c = 0; c < count; c += kLanes) {
@@ -339,7 +260,7 @@ struct LinearScratch {
   Panels x, y;
 
   LinearScratch(const LinearParams& p, const Blocks& blocks, Arena& arena)
-      : x(blocks, p.layer.in_features, arena), y(blocks, kColumns, arena) {}
+      : x(blocks, p.layer.in_features, p.norm.given, arena), y(blocks, kColumns, false, arena) {}
 };
 
 template <Activation kActivation>
@@ -355,7 +276,7 @@ void linear_as(const LinearParams& p, int64_t* next, void* memory) {
     const Block block(tasks.blocks, task / tasks.per_block);
     if (block.first != packed) {
       packed = block.first;
-      pack_block(p.x, p.x_stride, block, s.x);
+      pack_block(p.x, p.x_stride, p.norm, block, s.x);
     }
     const int64_t begin = task % tasks.per_block * tasks.columns;
     const int64_t end = smaller(begin + tasks.columns, layer.out_features);
@@ -377,9 +298,9 @@ struct MlpScratch {
   Panels x, hidden, y;
 
   MlpScratch(const MlpParams& p, const Blocks& blocks, Arena& arena)
-      : x(blocks, p.fc1.in_features, arena),
-        hidden(blocks, kHidden, arena),
-        y(blocks, round_up(p.fc2.out_features, kLanes), arena) {}
+      : x(blocks, p.fc1.in_features, p.norm.given, arena),
+        hidden(blocks, kHidden, false, arena),
+        y(blocks, round_up(p.fc2.out_features, kLanes), p.post_norm.given, arena) {}
 };
 
 template <Activation kActivation>
@@ -392,7 +313,7 @@ void mlp_as(const MlpParams& p, int64_t* next, void* memory) {
     const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
     if (task >= blocks.count) return;
     const Block block(blocks, task);
-    pack_block(p.x, p.x_stride, block, s.x);
+    pack_block(p.x, p.x_stride, p.norm, block, s.x);
     int64_t h = 0;
     do {  // once if there are no hidden channels
       const int64_t depth = smaller(kHidden, p.fc1.out_features - h);
@@ -403,7 +324,13 @@ void mlp_as(const MlpParams& p, int64_t* next, void* memory) {
       }
       h += kHidden;
     } while (h < p.fc1.out_features);
-    unpack_block<Activation::kNone>(p.fc2, 0, out, block, s.y, p.residual, p.out);
+    LinearLayer fc2 = p.fc2;
+    if (p.post_norm.given) {
+      activate_all<Activation::kNone>(fc2, 0, out, block, s.y);  // adds the bias
+      normalise_block(p.post_norm, out, block, s.y);
+      fc2.bias = nullptr;
+    }
+    unpack_block<Activation::kNone>(fc2, 0, out, block, s.y, p.residual, p.out);
   }
 }
 
@@ -448,11 +375,3 @@ void mlp(const MlpParams& p, int64_t* next, void* scratch) {
 
 }  // namespace
 }  // namespace swinkernels::cpu::SWINKERNELS_ISA
-
-namespace swinkernels::cpu {
-
-const LinearKernels SWINKERNELS_KERNELS = {
-    SWINKERNELS_ISA::linear_tasks,      SWINKERNELS_ISA::mlp_tasks, SWINKERNELS_ISA::linear_scratch_bytes,
-    SWINKERNELS_ISA::mlp_scratch_bytes, SWINKERNELS_ISA::linear,    SWINKERNELS_ISA::mlp};
-
-}  // namespace swinkernels::cpu

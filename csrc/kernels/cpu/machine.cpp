@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels.h"
+
 namespace swinkernels::cpu {
 namespace {
 
@@ -60,6 +62,19 @@ struct AlignedDelete {
 InstructionSet chosen_instruction_set() {
   static const InstructionSet chosen = choose();
   return chosen;
+}
+
+const Kernels& kernels() {
+  switch (chosen_instruction_set()) {
+#ifdef __x86_64__
+    case InstructionSet::kAvx512:
+      return kAvx512Kernels;
+    case InstructionSet::kAvx2:
+      return kAvx2Kernels;
+#endif
+    default:
+      return kBaselineKernels;
+  }
 }
 
 const char* instruction_set() { return name(chosen_instruction_set()); }

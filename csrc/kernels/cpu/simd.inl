@@ -288,23 +288,40 @@ SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t colu
   return sums[0];
 }
 
-// Computes a tile of c = a b + addend in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend,
-// which may be c itself, or null for zero, has c's layout and is added last.
+// Adds the products of column k of a and row k of b to the sums of a tile.
 template <int kRows, int kVectors, bool kTransposed>
+SWINKERNELS_INLINE void add_products(Vec (&sums)[kRows][kVectors], int64_t k, const float* a, int64_t lda,
+                                     const float* b, int64_t ldb) {
+  Vec row[kVectors];
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const Vec factor = splat(kTransposed ? a[k * lda + r] : a[r * lda + k]);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * row[v];
+  }
+}
+
+constexpr int64_t kLine = 16;  // floats in a cache line
+
+// Computes a tile of c = a b + addend in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend,
+// which may be c itself, or null for zero, has c's layout and is added last. If kFetches, fetches the same part of
+// the matrix `next`, which has the layout of a: a processor's own prefetching does not follow a tile from one row to the
+// next.
+template <int kRows, int kVectors, bool kTransposed, bool kFetches>
 void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* addend, float* c,
-                 int64_t ldc) {
+                 int64_t ldc, const float* next) {
   Vec sums[kRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[kVectors];
+  int64_t k = 0;
+  if constexpr (kFetches) {
+    for (; k + kLine <= depth; k += kLine) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * ldb + v * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vec factor = splat(kTransposed ? a[k * lda + r] : a[r * lda + k]);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * row[v];
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(next + r * lda + k);
+      for (int64_t i = k; i < k + kLine; ++i) add_products<kRows, kVectors, kTransposed>(sums, i, a, lda, b, ldb);
     }
   }
+  for (; k < depth; ++k) add_products<kRows, kVectors, kTransposed>(sums, k, a, lda, b, ldb);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
@@ -325,20 +342,21 @@ constexpr int kTileVectors = 2;
 constexpr int tile_rows(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
-template <int kRows, int kVectors, bool kTransposed>
+template <int kRows, int kVectors, bool kTransposed, bool kFetches>
 SWINKERNELS_INLINE void matmul_tile_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
-                                       int64_t ldb, const float* addend, float* c, int64_t ldc) {
+                                       int64_t ldb, const float* addend, float* c, int64_t ldc, const float* next) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return matmul_tile_of<kRows - 1, kVectors, kTransposed>(rows, depth, a, lda, b, ldb, addend, c, ldc);
+      return matmul_tile_of<kRows - 1, kVectors, kTransposed, kFetches>(rows, depth, a, lda, b, ldb, addend, c, ldc,
+                                                                        next);
     }
   }
-  matmul_tile<kRows, kVectors, kTransposed>(depth, a, lda, b, ldb, addend, c, ldc);
+  matmul_tile<kRows, kVectors, kTransposed, kFetches>(depth, a, lda, b, ldb, addend, c, ldc, next);
 }
 
-template <int kVectors, bool kTransposed>
+template <int kVectors, bool kTransposed, bool kFetches>
 void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-                  const float* addend, float* c, int64_t ldc) {
+                  const float* addend, float* c, int64_t ldc, const float* next) {
   // All tiles have nearly the same height: a last tile of few rows would have too few independent sums to hide the
   // latency of multiplication.
   constexpr int kMaxRows = tile_rows(kVectors);
@@ -346,21 +364,29 @@ void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, cons
   for (int64_t i = 0, tile = 0; tile < tiles; ++tile) {
     const int64_t height = (rows - i) / (tiles - tile);
     const float* addend_i = addend == nullptr ? nullptr : addend + i * ldc;
-    matmul_tile_of<kMaxRows, kVectors, kTransposed>(height, depth, a + (kTransposed ? i : i * lda), lda, b, ldb,
-                                                    addend_i, c + i * ldc, ldc);
+    const float* next_i = kFetches && tile + 1 < tiles ? a + (i + height) * lda : next;
+    matmul_tile_of<kMaxRows, kVectors, kTransposed, kFetches>(height, depth, a + (kTransposed ? i : i * lda), lda, b,
+                                                              ldb, addend_i, c + i * ldc, ldc, next_i);
     i += height;
   }
 }
 
-// c (rows, columns) = a b + addend with b (depth, columns); columns is a multiple of kLanes.
+// c (rows, columns) = a b + addend with b (depth, columns); columns is a multiple of kLanes. If a is unlikely to be in a
+// cache, `next` is the matrix, in a's layout, that the next call multiplies, or a itself if there is none.
 template <bool kTransposed>
-void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-            const float* addend, float* c, int64_t ldc) {
+SWINKERNELS_INLINE void matmul_with(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda,
+                                    const float* b, int64_t ldb, const float* addend, float* c, int64_t ldc,
+                                    const float* next) {
   for (int64_t j = 0; j < columns;) {
     const int64_t left = (columns - j) / kLanes;
     const float* addend_j = addend == nullptr ? nullptr : addend + j;
     const auto panel = [&](auto vectors) {
-      matmul_panel<decltype(vectors)::kValue, kTransposed>(rows, depth, a, lda, b + j, ldb, addend_j, c + j, ldc);
+      constexpr int kVectors = decltype(vectors)::kValue;
+      if (next != nullptr && j == 0) {
+        matmul_panel<kVectors, kTransposed, true>(rows, depth, a, lda, b, ldb, addend, c, ldc, next);
+      } else {
+        matmul_panel<kVectors, kTransposed, false>(rows, depth, a, lda, b + j, ldb, addend_j, c + j, ldc, nullptr);
+      }
       j += decltype(vectors)::kValue * kLanes;
     };
     if (left >= kTileVectors) {
@@ -373,6 +399,18 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_
       panel(Constant<1>());
     }
   }
+}
+
+template <bool kTransposed>
+void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+            const float* addend, float* c, int64_t ldc) {
+  matmul_with<kTransposed>(rows, columns, depth, a, lda, b, ldb, addend, c, ldc, nullptr);
+}
+
+[[maybe_unused]] void matmul_fetching(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda,
+                                      const float* b, int64_t ldb, const float* addend, float* c, int64_t ldc,
+                                      const float* next) {
+  matmul_with<false>(rows, columns, depth, a, lda, b, ldb, addend, c, ldc, next);
 }
 
 }  // namespace

@@ -1,28 +1,13 @@
-// The CPU backend of window attention. Chooses the kernels for this machine's instruction set, and divides the work into
-// tasks.
+// The CPU backend of window attention: divides the work into tasks.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
-#include "machine.h"
+#include "kernels.h"
 #include "params/window_attention_cpu.h"
-#include "window_attention_kernels.h"
 
 namespace swinkernels::cpu {
 namespace {
-
-const WindowAttentionKernels& kernels() {
-  switch (chosen_instruction_set()) {
-#ifdef __x86_64__
-    case InstructionSet::kAvx512:
-      return kAvx512Kernels;
-    case InstructionSet::kAvx2:
-      return kAvx2Kernels;
-#endif
-    default:
-      return kBaselineKernels;
-  }
-}
 
 int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
@@ -120,8 +105,9 @@ float score_factor(const WindowAttentionForwardParams& p, int64_t head) {
 void window_attention_forward(const WindowAttentionForwardParams& p, ParallelFor parallel_for) {
   const int64_t tasks = p.batch * product(p.geometry.num_windows) * p.num_heads;
   if (tasks == 0) return;
-  const int64_t bytes = kernels().forward_scratch_bytes(p);
-  run(parallel_for, tasks, [&](int64_t begin, int64_t end) { kernels().forward(p, begin, end, scratch(bytes)); });
+  const int64_t bytes = kernels().window_attention.forward_scratch_bytes(p);
+  run(parallel_for, tasks,
+      [&](int64_t begin, int64_t end) { kernels().window_attention.forward(p, begin, end, scratch(bytes)); });
 }
 
 int64_t window_attention_backward_workspace_bytes(const WindowAttentionBackwardParams& params) {
@@ -133,15 +119,16 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
   const BackwardPartition partition = make_partition(params);
   const int64_t heads = p.num_heads, dim = p.head_dim, rows = partition.table_rows, chunks = partition.window_chunks;
   if (chunks > 0) {
-    const int64_t bytes = kernels().backward_scratch_bytes(params);
-    run(parallel_for, chunks * heads,
-        [&](int64_t begin, int64_t end) { kernels().backward(params, partition, begin, end, scratch(bytes)); });
+    const int64_t bytes = kernels().window_attention.backward_scratch_bytes(params);
+    run(parallel_for, chunks * heads, [&](int64_t begin, int64_t end) {
+      kernels().window_attention.backward(params, partition, begin, end, scratch(bytes));
+    });
   }
   if (partition.dkv != nullptr) {
     const int64_t tasks = p.batch * product(p.geometry.num_windows) * heads;
     const int64_t bytes = (dim + 64) * static_cast<int64_t>(sizeof(float));  // a row, rounded up to whole vectors
     run(parallel_for, tasks, [&](int64_t begin, int64_t end) {
-      kernels().sum_key_gradients(params, partition, begin, end, scratch(bytes));
+      kernels().window_attention.sum_key_gradients(params, partition, begin, end, scratch(bytes));
     });
   }
   if (params.dbias_table != nullptr || params.dlogit_scale != nullptr || params.dpad_qkv != nullptr) {

@@ -15,6 +15,7 @@
 //           to whole vectors, and one exp per score in either pass. In windows of more than about 30 tokens, the
 //           kernels are bound by arithmetic, not by memory. v2 adds work per row, not per score: about 7 % at window 8
 //           and head_dim 32.
+#pragma once
 #include "arena.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
@@ -445,6 +446,29 @@ SWINKERNELS_INLINE const float* start_scores(const Sizes& sizes, Bias& bias, Axi
   return scores;
 }
 
+// Adds the mask to the scores (keys, queries) of block b.
+void add_mask(const WindowAttentionForwardParams& p, const Sizes& sizes, bool masked, const int32_t* region, int64_t b,
+              float* scores) {
+  if (!masked) return;
+  const int64_t queries = sizes.queries(b);
+  const Int mask_value = (Int)splat(p.mask_value);
+  for (int64_t i = 0; i < queries; i += kLanes) {
+    const int64_t left = queries - i;
+    Int query_region;
+    if (left >= kLanes) {
+      query_region = load(region + b * sizes.block + i);
+    } else {
+      int32_t tail[kLanes] = {};
+      for (int64_t lane = 0; lane < left; ++lane) tail[lane] = region[b * sizes.block + i + lane];
+      query_region = load(tail);
+    }
+    for (int64_t key = 0; key < sizes.keys; ++key) {
+      float* at = scores + key * sizes.block + i;
+      store(at, load(at) + (Vec)((query_region != splat(region[key])) & mask_value));
+    }
+  }
+}
+
 // Computes the scores (keys, queries) of a block: k (M, row) times the scaled queries q_t (row, block), plus bias and
 // mask.
 void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, const Window& window, const float* k,
@@ -452,23 +476,7 @@ void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, c
   const int64_t queries = sizes.queries(b);
   matmul<false>(sizes.keys, round_up(queries, kLanes), sizes.dim, k, sizes.row, q_t, sizes.block, bias, scores,
                 sizes.block);
-  if (!window.masked) return;
-  const Int mask_value = (Int)splat(p.mask_value);
-  for (int64_t i = 0; i < queries; i += kLanes) {
-    const int64_t left = queries - i;
-    Int query_region;
-    if (left >= kLanes) {
-      query_region = load(window.region + b * sizes.block + i);
-    } else {
-      int32_t tail[kLanes] = {};
-      for (int64_t lane = 0; lane < left; ++lane) tail[lane] = window.region[b * sizes.block + i + lane];
-      query_region = load(tail);
-    }
-    for (int64_t key = 0; key < sizes.keys; ++key) {
-      float* at = scores + key * sizes.block + i;
-      store(at, load(at) + (Vec)((query_region != splat(window.region[key])) & mask_value));
-    }
-  }
+  add_mask(p, sizes, window.masked, window.region, b, scores);
 }
 
 // ---- Forward ----
@@ -798,11 +806,3 @@ int64_t backward_scratch_bytes(const WindowAttentionBackwardParams& params) {
 
 }  // namespace
 }  // namespace swinkernels::cpu::SWINKERNELS_ISA
-
-namespace swinkernels::cpu {
-
-const WindowAttentionKernels SWINKERNELS_KERNELS = {SWINKERNELS_ISA::forward_scratch_bytes,
-                                                    SWINKERNELS_ISA::backward_scratch_bytes, SWINKERNELS_ISA::forward,
-                                                    SWINKERNELS_ISA::backward, SWINKERNELS_ISA::sum_key_gradients};
-
-}  // namespace swinkernels::cpu

@@ -42,6 +42,7 @@ from swinkernels.adapters.copies.dynamic_class import (
 )
 from swinkernels.adapters.copies.snapshot import Snapshot, largest_number, signature_of
 from swinkernels.adapters.copies.trial import MOST_SCORES, Case, Elementwise, NotCovered, Trial, Width, narrow
+from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.linear_layers import Drop
 from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index, shift_mask, value_of_mask
 from swinkernels.adapters.microsoft_attention import (
@@ -59,8 +60,8 @@ from swinkernels.adapters.microsoft_attention import (
 )
 from swinkernels.adapters.norms import Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
-from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._fused_linear import joins
 from swinkernels.ops._library import is_untraced
 
 _BATCH = 2  # images in a trial; with one image, a wrong stride between images would go unnoticed
@@ -342,7 +343,7 @@ def _mlp_half(block: Any, s: Tensor, z: Tensor) -> Tensor:
     return s + _drop_path(block, 2)(child(block, "mlp")(z)) if y is None else y
 
 
-# Halves that recompute
+# Halves
 
 
 def _why_not_halves(form: Form, block: Any, training: bool | None) -> str | None:
@@ -360,8 +361,8 @@ def _why_not_halves(form: Form, block: Any, training: bool | None) -> str | None
 
 
 @functools.cache
-def _recompute(form: Form, first: str | None, second: str | None, kind_of_mlp: Any, drop_path: Any) -> Recompute:
-    return Recompute(
+def _halves(form: Form, first: str | None, second: str | None, kind_of_mlp: Any, drop_path: Any) -> Halves:
+    return Halves(
         Residual("norm2", first if form.norm == "pre" else second, drop_path, "timm's DropPath", width=_channels),
         mlp.layers_of(kind_of_mlp, second, drop_path),
         form.norm,
@@ -369,32 +370,52 @@ def _recompute(form: Form, first: str | None, second: str | None, kind_of_mlp: A
     )
 
 
-def _recompute_of(form: Form, block: Any) -> Recompute:
-    """Describe the halves of a block that can recompute norms and GELU."""
+def _halves_of(form: Form, block: Any) -> Halves:
+    """Describe the halves of a block."""
     first, second = (_name_of_drop_path(block, half) for half in (1, 2))
     drop_path: Any = _known_drop_path()
-    return _recompute(form, first, second, class_of(child(block, "mlp")), drop_path)
+    return _halves(form, first, second, class_of(child(block, "mlp")), drop_path)
 
 
-def _recomputed(
+def _branch(
+    form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float, residual: bool
+) -> Tensor | None:
+    """Return a block's attention branch, computed by attention_half, plus x if ``residual``."""
+    attn = child(block, "attn")
+    y = attention_branch(
+        x.reshape(x.shape[0], *size, x.shape[-1]), child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj"),
+        block._swinkernels_backend, _attention_arguments(form, block, size, mask_value), residual, form.norm,
+    )  # fmt: skip
+    return None if y is None else y.reshape(x.shape)
+
+
+def _added_attention(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor | None:
+    """Return the residual stream of a v2 block after attention, or None if that is not one op."""
+    residual = Residual("norm1", _name_of_drop_path(block, 1), _known_drop_path(), "timm's DropPath", width=_channels)
+    return add_normed_attention(
+        block, x, residual,
+        lambda: _why_not_attention(block) or why_layers_are_called(child(block, "attn"), None),
+        lambda: _branch(form, block, x, size, mask_value, True),
+    )  # fmt: skip
+
+
+def _run_halves(
     form: Form, block: Any, x: Tensor, size: tuple[int, ...] = (), mask_value: float = 0.0
 ) -> Tensor | None:
-    """Return the result of a v1 block, or of the MLP half of a v2 block, from halves that recompute.
+    """Return the result of a v1 block, or of the MLP half of a v2 block, from attention_half and mlp_half.
 
-    Return None if the block has to run as without recompute. ``size`` and ``mask_value`` are those of v1's attention.
+    Return None if the block has to run as without halves. ``size`` and ``mask_value`` are those of v1's attention.
     """
-    if not (block._swinkernels_recomputes and is_untraced((x,))):
+    if joins(x):
+        if child(block, "mlp").training:  # the trial ran it in eval mode
+            return None
+    elif not (block._swinkernels_recomputes and is_untraced((x,))):
         return None
 
-    def branch() -> Tensor | None:
-        attn = child(block, "attn")
-        y = attention_branch(
-            x.reshape(x.shape[0], *size, x.shape[-1]), child(block, "norm1"), (child(attn, "qkv"),),
-            child(attn, "proj"), block._swinkernels_backend, _attention_arguments(form, block, size, mask_value),
-        )  # fmt: skip
-        return None if y is None else y.reshape(x.shape)
+    def branch(residual: bool) -> Tensor | None:
+        return _branch(form, block, x, size, mask_value, residual)
 
-    return _recompute_of(form, block).run(block, x, branch if form.norm == "pre" else None)
+    return _halves_of(form, block).run(block, x, branch if form.norm == "pre" else None)
 
 
 class StructuralBlock(DynamicSubclass):
@@ -449,7 +470,7 @@ class StructuralBlock(DynamicSubclass):
             if self._swinkernels_in_trial:
                 raise NotCovered(call)
             return super().forward(x, *args, **kwargs)
-        out = _recomputed(form, self, x, *call) if form.norm == "pre" else None
+        out = _run_halves(form, self, x, *call) if form.norm == "pre" else None
         if out is not None:
             return out
         saves_memory = getattr(self, "use_checkpoint", False) and torch.is_grad_enabled()
@@ -460,8 +481,9 @@ class StructuralBlock(DynamicSubclass):
             return function(form, self, *arguments)
 
         if form.norm == "post":
-            x = _add_normed(self, x, branch(_attention_branch, x, *call), 1)
-            out = _recomputed(form, self, x)
+            s = _added_attention(form, self, x, *call)
+            x = _add_normed(self, x, branch(_attention_branch, x, *call), 1) if s is None else s
+            out = _run_halves(form, self, x)
             return _add_normed(self, x, branch(_mlp_branch, x), 2) if out is None else out
         if saves_memory:
             x = x + _drop_path(self, 1)(branch(_attention_branch, x, *call))
@@ -784,5 +806,5 @@ def _adapter(original: Any, form: Form) -> Adapter:
         # If a mask passed as an argument differs from the standard mask, or if a compiler cannot read it, the block
         # runs its own code. Its attention then still uses the op, which accepts any mask as a dense bias.
         looks_inside=form.mask_from == "argument",
-        why_not_recompute=lambda block: _recompute_of(form, block).why_not_in_training(block),
+        why_not_recompute=lambda block: _halves_of(form, block).why_not_in_training(block),
     )

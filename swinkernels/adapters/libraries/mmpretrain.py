@@ -44,7 +44,8 @@ from swinkernels.adapters.bypass import (
     why_not_norm,
     why_not_window_attention,
 )
-from swinkernels.adapters.linear_layers import why_not_left_out
+from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
+from swinkernels.adapters.linear_layers import drops_nothing, why_not_left_out
 from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
@@ -65,7 +66,6 @@ from swinkernels.adapters.norms import (
     residuals_adapter,
 )
 from swinkernels.adapters.part import window_attention_part
-from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops._library import autocast_dtype
@@ -263,22 +263,37 @@ def _owner(block: Any) -> Any:
     return child(block, "ffn")
 
 
-_RECOMPUTE = Recompute(_RESIDUAL, _MLP, "pre", _why_not_halves, _owner)
-_RECOMPUTE_V2 = Recompute(_RESIDUALS_V2[1], _MLP, "post", _why_not_second_half, _owner)
+_HALVES = Halves(_RESIDUAL, _MLP, "pre", _why_not_halves, _owner)
+_HALVES_V2 = Halves(_RESIDUALS_V2[1], _MLP, "post", _why_not_second_half, _owner)
 
 
-def _branch(block: Any, x: Tensor, hw_shape: Any) -> Tensor | None:
-    """Return a v1 block's attention branch, or None if attention_half cannot compute it for this map."""
+def _branch(block: Any, x: Tensor, hw_shape: Any, residual: bool, place: str = "pre") -> Tensor | None:
+    """Return a block's attention branch, plus x if ``residual``, or None if attention_half cannot compute it."""
     attn = child(block, "attn")
     if not _map_fits(attn, x, *hw_shape):
+        return None
+    if residual and not drops_nothing("attn.drop", child(attn, "drop"), DropPath):
         return None
     w_msa = child(attn, "w_msa")
     geometry = _attention_arguments(attn, *hw_shape)
     y = attention_branch(
         x.view(x.shape[0], *hw_shape, x.shape[2]), child(block, "norm1"), (child(w_msa, "qkv"),), child(w_msa, "proj"),
         attn._swinkernels_backend, {**geometry, "pad_qkv": qkv_bias(w_msa), "dropout_p": dropout_at_call(w_msa)},
+        residual, place,
     )  # fmt: skip
-    return None if y is None else child(attn, "drop")(y.flatten(1, 2))
+    if y is None:
+        return None
+    return y.flatten(1, 2) if residual else child(attn, "drop")(y.flatten(1, 2))
+
+
+def _added_attention(block: Any, x: Tensor, hw_shape: Any) -> Tensor | None:
+    """Return the residual stream of a v2 block after attention, or None if that is not one op."""
+    attn = child(block, "attn")
+    return add_normed_attention(
+        block, x, _RESIDUALS_V2[0],
+        lambda: _why_not_op(attn) or why_layers_are_called(child(attn, "w_msa"), None, "attn.w_msa"),
+        lambda: _branch(block, x, hw_shape, True, "post"),
+    )  # fmt: skip
 
 
 class AcceleratedSwinBlock(Accelerated, SwinBlock):
@@ -292,7 +307,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
         return self._halves(x, hw_shape)
 
     def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
-        out = _RECOMPUTE.run(self, x, lambda: _branch(self, x, hw_shape))
+        out = _HALVES.run(self, x, lambda residual: _branch(self, x, hw_shape, residual))
         if out is not None:
             return out
         attn = child(self, "attn")
@@ -318,7 +333,7 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
 
     def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
         for residual, branch in zip(_RESIDUALS_V2, ("attn", "ffn"), strict=True):
-            out = _RECOMPUTE_V2.run(self, x) if branch == "ffn" else None
+            out = _HALVES_V2.run(self, x) if branch == "ffn" else _added_attention(self, x, hw_shape)
             if out is None:
                 y = child(self, "attn")(x, hw_shape) if branch == "attn" else _ffn(self, x)
                 out = residual.add_normed(self, x, y)
@@ -421,7 +436,7 @@ ADAPTERS = (
         (_RESIDUAL,),
         _attention_size,
         run=_run_with_size,
-        why_not_recompute=_RECOMPUTE.why_not_in_training,
+        why_not_recompute=_HALVES.why_not_in_training,
     ),
     residuals_adapter(
         "mmpretrain",
@@ -430,7 +445,7 @@ ADAPTERS = (
         _RESIDUALS_V2,
         _attention_size,
         run=_run_with_size,
-        why_not_recompute=_RECOMPUTE_V2.why_not_in_training,
+        why_not_recompute=_HALVES_V2.why_not_in_training,
     ),
     _MERGING.adapter("mmpretrain", MMCVPatchMerging, AcceleratedMMCVPatchMerging, _merging_shape, run=_run_with_size),
     _MERGING_V2.adapter("mmpretrain", PatchMerging, AcceleratedPatchMerging, _merging_shape, run=_run_with_size),

@@ -49,12 +49,12 @@ from swinkernels.adapters.bypass import (
     why_not_norm,
     why_not_window_attention,
 )
+from swinkernels.adapters.halves import Halves, attention_branch
 from swinkernels.adapters.linear_layers import Mlp, call_linear
 from swinkernels.adapters.masks import frame_of, is_shift_mask, is_window_index
 from swinkernels.adapters.microsoft_attention import why_layers_are_called
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row
 from swinkernels.adapters.part import window_attention_part
-from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops._library import constant_when_compiled
@@ -203,16 +203,16 @@ def _why_not_half(block: SwinTransformerBlock, training: bool | None) -> str | N
     return _why_not_window(block, tuple(block.window_size)) if reason is None and training else reason
 
 
-_RECOMPUTE = Recompute(_RESIDUAL, _MLP, "pre", _why_not_half)
+_HALVES = Halves(_RESIDUAL, _MLP, "pre", _why_not_half)
 
 
-def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> Tensor | None:
-    """Return the block's attention branch, computed by attention_half, or None if MONAI's own code must run."""
+def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any, residual: bool) -> Tensor | None:
+    """Return the block's attention branch, plus x if ``residual``, or None if attention_half cannot compute it."""
     arguments, attn = _call_arguments(block, x, mask_matrix), child(block, "attn")
     if arguments is None:
         return None
     layers = (child(attn, "qkv"),), child(attn, "proj")
-    return attention_branch(x, child(block, "norm1"), *layers, block._swinkernels_backend, arguments)
+    return attention_branch(x, child(block, "norm1"), *layers, block._swinkernels_backend, arguments, residual)
 
 
 @constant_when_compiled
@@ -272,7 +272,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
             or replaced_method(self, SwinTransformerBlock) is not None
         ):
             return super().forward(x, mask_matrix)
-        out = _RECOMPUTE.run(self, x, lambda: _branch(self, x, mask_matrix))
+        out = _HALVES.run(self, x, lambda residual: _branch(self, x, mask_matrix, residual))
         if out is not None:
             return out
         y = self.forward_part1(x, mask_matrix)
@@ -413,7 +413,7 @@ ADAPTERS = (
         input_shape=lambda block: (*_map_to_verify(block), block.dim),
         weight=_qkv_weight,
         run=_run_block,
-        why_not_recompute=_RECOMPUTE.why_not_in_training,
+        why_not_recompute=_HALVES.why_not_in_training,
     ),
     Adapter(
         name="monai",

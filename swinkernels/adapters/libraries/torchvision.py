@@ -46,12 +46,12 @@ from swinkernels.adapters.bypass import (
     why_not_linear,
     why_not_norm,
 )
+from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.linear_layers import Mlp, why_not_readable
 from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.microsoft_attention import bias_table, score_factor
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
 from swinkernels.adapters.part import window_attention_part
-from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops._fused_linear import linear
@@ -239,20 +239,41 @@ def _why_not_half(block: Any, training: bool | None) -> str | None:
     return why_not_readable("attn.qkv", child(attn, "qkv")) or why_not_readable("attn.proj", child(attn, "proj"))
 
 
-_RECOMPUTE = Recompute(_RESIDUAL, _MLP, "pre", _why_not_half)
-_RECOMPUTE_V2 = Recompute(_RESIDUALS_V2[1], _MLP, "post")
+_HALVES = Halves(_RESIDUAL, _MLP, "pre", _why_not_half)
+_HALVES_V2 = Halves(_RESIDUALS_V2[1], _MLP, "post")
 
 
-def _branch(block: Any, x: Tensor) -> Tensor | None:
-    """Return the output of a v1 block's attention branch, or None if attention_half does not accept ``x``."""
+def _branch(block: Any, x: Tensor, residual: bool) -> Tensor | None:
+    """Return a v1 block's attention branch, plus x if ``residual``, or None if attention_half does not accept ``x``."""
     attn, norm = child(block, "attn"), child(block, "norm1")
     if class_of(attn) is not AcceleratedShiftedWindowAttention:
-        return attn(norm(x))
+        return x + attn(norm(x)) if residual else attn(norm(x))
     if x.dim() != 4:
         return None
     qkv = child(attn, "qkv")
     arguments = {"pad_qkv": qkv.bias, **_attention_arguments(attn, tuple(x.shape[1:3]))}
-    return attention_branch(x, norm, (qkv,), child(attn, "proj"), attn._swinkernels_backend, arguments)
+    return attention_branch(x, norm, (qkv,), child(attn, "proj"), attn._swinkernels_backend, arguments, residual)
+
+
+def _added_attention(block: Any, x: Tensor) -> Tensor | None:
+    """Return the residual stream of a v2 block after attention, or None if that is not one op."""
+    attn = child(block, "attn")
+
+    def why_not() -> str | None:
+        reason = why_not_accelerated("attn", attn, AcceleratedShiftedWindowAttentionV2) or _why_not_attention(attn)
+        if reason is None and attn.dropout != 0.0 and attn.training:
+            reason = f"attn.dropout drops elements in training (p={attn.dropout})"
+        if reason is not None or x.dim() != 4:
+            return reason or "x is not a map"
+        return why_not_readable("attn.qkv", child(attn, "qkv")) or why_not_readable("attn.proj", child(attn, "proj"))
+
+    def branch() -> Tensor | None:
+        arguments = _attention_arguments(attn, tuple(x.shape[1:3]))
+        arguments["pad_qkv"] = _without_k(child(attn, "qkv").bias)
+        layers = (child(attn, "qkv"),), child(attn, "proj")
+        return attention_branch(x, child(block, "norm1"), *layers, attn._swinkernels_backend, arguments, True, "post")
+
+    return add_normed_attention(block, x, _RESIDUALS_V2[0], why_not, branch)
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
@@ -261,7 +282,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
             return super().forward(x)
-        out = _RECOMPUTE.run(self, x, lambda: _branch(self, x))
+        out = _HALVES.run(self, x, lambda residual: _branch(self, x, residual))
         if out is not None:
             return out
         attn = child(self, "attn")
@@ -282,9 +303,10 @@ class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
         if self._swinkernels_own_code(x):
             return super().forward(x)
         for residual, branch in zip(_RESIDUALS_V2, ("attn", "mlp"), strict=True):
-            out = _RECOMPUTE_V2.run(self, x) if branch == "mlp" else None
+            out = _HALVES_V2.run(self, x) if branch == "mlp" else _added_attention(self, x)
             if out is not None:
-                return out
+                x = out
+                continue
             y = child(self, "attn")(x) if branch == "attn" else _MLP.branch(self, x)
             fused = residual.add_normed(self, x, y)
             x = x + child(self, "stochastic_depth")(child(self, residual.norm)(y)) if fused is None else fused
@@ -359,7 +381,7 @@ ADAPTERS = (
         AcceleratedSwinTransformerBlock,
         (_RESIDUAL,),
         _window_of,
-        why_not_recompute=_RECOMPUTE.why_not_in_training,
+        why_not_recompute=_HALVES.why_not_in_training,
     ),
     residuals_adapter(
         "torchvision",
@@ -367,7 +389,7 @@ ADAPTERS = (
         AcceleratedSwinTransformerBlockV2,
         _RESIDUALS_V2,
         _window_of,
-        why_not_recompute=_RECOMPUTE_V2.why_not_in_training,
+        why_not_recompute=_HALVES_V2.why_not_in_training,
     ),
     _MERGING.adapter("torchvision", PatchMerging, AcceleratedPatchMerging, _merging_shape),
     _MERGING_V2.adapter("torchvision", PatchMergingV2, AcceleratedPatchMergingV2, _merging_shape),

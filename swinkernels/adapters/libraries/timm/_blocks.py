@@ -7,6 +7,7 @@ row of zeros in the QKV layer's input, so its q, k and v are the bias of the QKV
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.layers import DropPath, Mlp
@@ -16,9 +17,9 @@ from torch import Tensor
 from swinkernels.adapters import linear_layers, microsoft_attention
 from swinkernels.adapters.adapter import Accelerated, original_class
 from swinkernels.adapters.bypass import child, replaced_method, watch, why_not_window_attention
+from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index
 from swinkernels.adapters.norms import Residual
-from swinkernels.adapters.recompute import Recompute
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
 
@@ -154,22 +155,45 @@ class ShiftedWindowBlock(Accelerated):
 
 
 # The norm and the drop path of each half. In v2 and v2-CR the norms follow the branches.
-HALVES = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
+RESIDUALS = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
 # The MLP half of v2 and v2-CR.
-RECOMPUTE_MLP = Recompute(HALVES[1], MLP, "post")
+MLP_HALF = Halves(RESIDUALS[1], MLP, "post")
 
 
 def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
     """Return x + drop_path(norm(y)), with the norm and the drop path of ``half`` (1 or 2)."""
-    fused = HALVES[half - 1].add_normed(block, x, y)
+    fused = RESIDUALS[half - 1].add_normed(block, x, y)
     if fused is not None:
         return fused
     return x + child(block, f"drop_path{half}")(child(block, f"norm{half}")(y))
 
 
+def add_attention_half(
+    block: Any, x: Tensor, why_not: Callable[[Any], str | None], arguments: Callable[[Any], dict[str, Any]]
+) -> Tensor | None:
+    """Return x + drop_path1(norm1(attention(x))), the first half of a v2 or v2-CR block, or None if it is not one op.
+
+    ``why_not`` returns the reason why timm's own code has to run the block's attention, or None, and ``arguments`` the
+    op's arguments for pad tokens, scores, heads and windows.
+    """
+    attn = child(block, "attn")
+
+    def why_not_half() -> str | None:
+        if x.dim() != 4 or not mask_fits(block, x):
+            return "the stored mask is not for this map"
+        return why_not(block) or microsoft_attention.why_layers_are_called(attn, None)
+
+    def branch() -> Tensor | None:
+        given = {**arguments(block), "dropout_p": dropout_p(block) if attn.attn_drop.training else 0.0}
+        layers = (child(attn, "qkv"),), child(attn, "proj")
+        return attention_branch(x, child(block, "norm1"), *layers, block._swinkernels_backend, given, True, "post")
+
+    return add_normed_attention(block, x, RESIDUALS[0], why_not_half, branch)
+
+
 def add_mlp_half(block: Any, s: Tensor) -> Tensor:
     """Return s + drop_path2(norm2(MLP(s))), the second half of a v2 or v2-CR block."""
-    out = RECOMPUTE_MLP.run(block, s)
+    out = MLP_HALF.run(block, s)
     return add_normed(block, s, MLP.branch(block, s), 2) if out is None else out
 
 

@@ -23,12 +23,12 @@ from swinkernels.adapters.bypass import (
     why_not_linear,
     why_not_norm,
 )
+from swinkernels.adapters.halves import Halves, attention_branch
 from swinkernels.adapters.libraries.timm import _blocks
 from swinkernels.adapters.linear_layers import call_linear
 from swinkernels.adapters.microsoft_attention import why_layers_are_called
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
-from swinkernels.adapters.recompute import Recompute, attention_branch
 
 watch(SwinTransformerBlock, methods=("_attn", "get_attn_mask"))
 watch(WindowAttention, methods=("_get_rel_pos_bias",))
@@ -113,18 +113,18 @@ def _why_not_half(block: SwinTransformerBlock, training: bool | None) -> str | N
     return why_layers_are_called(child(block, "attn"), training)
 
 
-_RECOMPUTE = Recompute(_RESIDUAL, _blocks.MLP, "pre", _why_not_half)
+_HALVES = Halves(_RESIDUAL, _blocks.MLP, "pre", _why_not_half)
 
 
-def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
-    """Return the attention branch's output for ``x``, or None if attention_half cannot compute it."""
-    if not _blocks.mask_fits(block, x):
+def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor, residual: bool) -> Tensor | None:
+    """Return the attention branch of ``x``, plus x if ``residual``, or None if attention_half cannot compute it."""
+    if x.dim() != 4 or not _blocks.mask_fits(block, x):
         return None
     attn = child(block, "attn")
     p = _blocks.dropout_p(block) if _dropout_is_on(block) else 0.0
     return attention_branch(
         x, child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj"), block._swinkernels_backend,
-        {**_arguments(block), "dropout_p": p},
+        {**_arguments(block), "dropout_p": p}, residual,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
             return super().forward(x)
-        out = _RECOMPUTE.run(self, x, lambda: _branch(self, x))
+        out = _HALVES.run(self, x, lambda residual: _branch(self, x, residual))
         if out is not None:
             return out
         s, z = _first_half(self, x)
@@ -172,7 +172,7 @@ ADAPTERS = (
         ),
         input_shape=_blocks.block_shape,
         weight=_blocks.qkv_weight,
-        why_not_recompute=_RECOMPUTE.why_not_in_training,
+        why_not_recompute=_HALVES.why_not_in_training,
     ),
     _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMerging, _blocks.merging_shape),
 )

@@ -45,28 +45,37 @@ def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
 
 
 def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
-    """Return the op's arguments for scale, heads, windows and mask."""
-    return {"logit_scale": child(block, "attn").logit_scale, **_blocks.shifted_windows(block)}
+    """Return the op's arguments for pad tokens, bias, scale, heads, windows and mask."""
+    attn = child(block, "attn")
+    return {
+        "pad_qkv": _bias(attn),
+        "bias_table": 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)),
+        "logit_scale": attn.logit_scale,
+        **_blocks.shifted_windows(block),
+    }
 
 
-def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return q, k and v of the map ``x``, and q, k and v of a pad token (None if the latter are zero)."""
-    if attn.q_bias is None:
-        return attn.qkv(x), None
-    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+def _bias(attn: Any) -> Tensor | None:
+    return None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+
+
+def _qkv(attn: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return q, k and v of the map ``x``."""
+    if bias is None:
+        return attn.qkv(x)
     if getattr(attn, "qkv_bias_separate", False):
         qkv = attn.qkv(x)
         qkv += bias  # in place, as in timm: under autocast, the sum has the dtype of the product
-        return qkv, bias
-    return linear(x, attn.qkv.weight, bias), bias
+        return qkv
+    return linear(x, attn.qkv.weight, bias)
 
 
 def _attention(block: AcceleratedSwinTransformerV2Block, x: Tensor) -> Tensor:
     attn = child(block, "attn")
-    qkv, pad_qkv = _qkv(attn, x)
-    bias_table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
+    arguments = _arguments(block)
+    qkv = _qkv(attn, x, arguments["pad_qkv"])
     p = _blocks.dropout_p(block) if attn.attn_drop.training else 0.0
-    return _blocks.attend(block, qkv, p, bias_table=bias_table, pad_qkv=pad_qkv, **_arguments(block))
+    return _blocks.attend(block, qkv, p, **arguments)
 
 
 _MERGING = Merging("post", lambda merging: merging.out_dim)
@@ -79,7 +88,9 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
         if self._swinkernels_own_code(x):
             return super().forward(x)
         batch, height, width, channels = x.shape
-        s = _blocks.add_normed(self, x, self._attn(x), 1).flatten(1, 2)
+        s = _blocks.add_attention_half(self, x, _why_not_attention, _arguments)
+        s = _blocks.add_normed(self, x, self._attn(x), 1) if s is None else s
+        s = s.flatten(1, 2)
         return _blocks.add_mlp_half(self, s).reshape(batch, height, width, channels)
 
     def _attn(self, x: Tensor) -> Tensor:
@@ -101,7 +112,7 @@ def _reason_to_skip(block: SwinTransformerV2Block) -> str | None:
     reason = _blocks.why_not_block(block, "_attn")
     if reason is not None:
         return reason
-    reasons = [_why_not_attention(block), *(residual.why_not(block) for residual in _blocks.HALVES)]
+    reasons = [_why_not_attention(block), *(residual.why_not(block) for residual in _blocks.RESIDUALS)]
     return None if None in reasons else "; ".join(map(str, reasons))
 
 
@@ -115,11 +126,11 @@ ADAPTERS = (
             window_attention_part(
                 _blocks.qkv_weight, _blocks.map_size, _blocks.shifted_windows, _blocks.dropout_p, _why_not_attention
             ),
-            *(residual.part(first_weight) for residual in _blocks.HALVES),
+            *(residual.part(first_weight) for residual in _blocks.RESIDUALS),
         ),
         input_shape=_blocks.block_shape,
         weight=first_weight,
-        why_not_recompute=_blocks.RECOMPUTE_MLP.why_not_in_training,
+        why_not_recompute=_blocks.MLP_HALF.why_not_in_training,
     ),
     _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMergingV2, _blocks.merging_shape),
 )

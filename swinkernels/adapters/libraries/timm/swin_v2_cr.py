@@ -33,17 +33,21 @@ def _why_not_attention(block: SwinTransformerV2CrBlock) -> str | None:
 
 
 def _arguments(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
-    """Return the op's arguments, except bias and dropout_p."""
+    """Return the op's arguments, except dropout_p."""
     attn = child(block, "attn")
-    return {"logit_scale": attn.logit_scale, "pad_qkv": attn.qkv.bias, **_blocks.shifted_windows(block)}
+    return {
+        "bias": attn._relative_positional_encodings().squeeze(0),
+        "logit_scale": attn.logit_scale,
+        "pad_qkv": attn.qkv.bias,
+        **_blocks.shifted_windows(block),
+    }
 
 
 def _attention(block: AcceleratedSwinTransformerV2CrBlock, x: Tensor) -> Tensor:
     attn = child(block, "attn")
     qkv = call_linear("attn.qkv", child(attn, "qkv"), x)
-    bias = attn._relative_positional_encodings().squeeze(0)
     p = _blocks.dropout_p(block) if attn.attn_drop.training else 0.0
-    return _blocks.attend(block, qkv, p, bias=bias, **_arguments(block))
+    return _blocks.attend(block, qkv, p, **_arguments(block))
 
 
 # A reduction without in_features is not an nn.Linear, so Merging.why_not rejects it.
@@ -57,7 +61,9 @@ class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransf
         if self._swinkernels_own_code(x):
             return super().forward(x)
         batch, height, width, channels = x.shape
-        s = _blocks.add_normed(self, x, self._shifted_window_attn(x), 1).flatten(1, 2)
+        s = _blocks.add_attention_half(self, x, _why_not_attention, _arguments)
+        s = _blocks.add_normed(self, x, self._shifted_window_attn(x), 1) if s is None else s
+        s = s.flatten(1, 2)
         return self.norm3(_blocks.add_mlp_half(self, s)).reshape(batch, height, width, channels)
 
     def _shifted_window_attn(self, x: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ def _reason_to_skip(block: SwinTransformerV2CrBlock) -> str | None:
     reason = _blocks.why_not_block(block, "_shifted_window_attn")
     if reason is not None:
         return reason
-    reasons = [_why_not_attention(block), *(residual.why_not(block) for residual in _blocks.HALVES)]
+    reasons = [_why_not_attention(block), *(residual.why_not(block) for residual in _blocks.RESIDUALS)]
     return None if None in reasons else "; ".join(map(str, reasons))
 
 
@@ -93,11 +99,11 @@ ADAPTERS = (
             window_attention_part(
                 _blocks.qkv_weight, _blocks.map_size, _blocks.shifted_windows, _blocks.dropout_p, _why_not_attention
             ),
-            *(residual.part(first_weight) for residual in _blocks.HALVES),
+            *(residual.part(first_weight) for residual in _blocks.RESIDUALS),
         ),
         input_shape=_blocks.block_shape,
         weight=first_weight,
-        why_not_recompute=_blocks.RECOMPUTE_MLP.why_not_in_training,
+        why_not_recompute=_blocks.MLP_HALF.why_not_in_training,
     ),
     _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMergingV2Cr, _blocks.merging_shape),
 )

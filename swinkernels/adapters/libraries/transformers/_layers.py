@@ -25,11 +25,11 @@ from swinkernels.adapters.bypass import (
     why_not_linear,
     why_not_norm,
 )
+from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.linear_layers import Mlp, call_linear, know_gelu, why_not_left_out, why_not_readable
 from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.norms import Merging, Residual, floored_drop_path_scale, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
-from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention
 from swinkernels.ops._arguments import why_beyond_limits
 
@@ -256,15 +256,18 @@ _INSIDE: dict[type, tuple[tuple[str, type[nn.Module]], ...]] = {}
 _MLP: dict[type, Mlp] = {}
 _MASKED: dict[type, int] = {}
 _RESIDUALS: dict[type, tuple[Residual, ...]] = {}
-_RECOMPUTE: dict[type, Recompute] = {}
+_HALVES: dict[type, Halves] = {}
 
 
 def _why_not_half(layer: Any, training: bool | None) -> str | None:
     """Return the reason why attention_half cannot replace the attention and layernorm_before of a v1 layer, or None."""
     norm = "layernorm_before"
     reason = _why_not_attention(layer) or why_not_norm(norm, child(layer, norm), _width(layer))
-    if reason is not None:
-        return reason
+    return reason or _why_not_absorbed(layer, training)
+
+
+def _why_not_absorbed(layer: Any, training: bool | None) -> str | None:
+    """Return the reason why attention_half cannot replace the layer's projections and last dropout, or None."""
     *_, (name, dropout) = _dropouts(layer).items()
     reason = why_not_left_out(name, dropout, training=training)
     for path, linear in _projections(layer).items():
@@ -272,18 +275,28 @@ def _why_not_half(layer: Any, training: bool | None) -> str | None:
     return reason
 
 
-def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
-    """Return the output of a v1 attention branch, computed by attention_half.
+def _branch(layer: Any, x: Tensor, size: Sequence[int], residual: bool, norm: Any, place: str = "pre") -> Tensor | None:
+    """Return the output of an attention branch, computed by attention_half, plus x if ``residual``.
 
     Return None if the device or, outside autocast, the dtype of a parameter differs from that of ``x``.
     """
     *qkv, proj = _projections(layer).values()
     y = attention_branch(
-        x.view(x.shape[0], *size, x.shape[2]), child(layer, "layernorm_before"), qkv, proj,
+        x.view(x.shape[0], *size, x.shape[2]), norm, qkv, proj,
         layer._swinkernels_backend,
         {**_attention_arguments(layer), "pad_qkv": _pad_qkv(layer), "dropout_p": _dropout_at_call(layer)},
+        residual, place,
     )  # fmt: skip
     return None if y is None else y.flatten(1, 2)
+
+
+def _added_attention(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
+    """Return the residual stream of a v2 layer after attention, or None if that is not one op."""
+    residual = _RESIDUALS[original_class(layer)][0]
+    return add_normed_attention(
+        layer, x, residual, lambda: _why_not_absorbed(layer, None),
+        lambda: _branch(layer, x, size, True, child(layer, residual.norm), "post"),
+    )  # fmt: skip
 
 
 class _Layer(Accelerated):
@@ -330,7 +343,9 @@ class PreNormLayer(_Layer):
 
     def _both_halves(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """Return the residual stream after attention and MLP."""
-        out = _RECOMPUTE[original_class(self)].run(self, x, lambda: _branch(self, x, size))
+        out = _HALVES[original_class(self)].run(
+            self, x, lambda residual: _branch(self, x, size, residual, child(self, "layernorm_before"))
+        )
         if out is not None:
             return out
         s, z = self._attention_half(x, size)
@@ -361,8 +376,10 @@ class PostNormLayer(_Layer):
         if output_attentions or not self._is_ours(hidden_states, input_dimensions):
             return super().forward(hidden_states, input_dimensions, output_attentions)
         after_attention, after_mlp = _RESIDUALS[original_class(self)]
-        x = self._added(after_attention, hidden_states, attended(self, hidden_states, input_dimensions))
-        out = _RECOMPUTE[original_class(self)].run(self, x)
+        x = _added_attention(self, hidden_states, input_dimensions)
+        if x is None:
+            x = self._added(after_attention, hidden_states, attended(self, hidden_states, input_dimensions))
+        out = _HALVES[original_class(self)].run(self, x)
         if out is not None:
             return (out,)
         return (self._added(after_mlp, x, _MLP[original_class(self)].branch(self, x)),)
@@ -460,9 +477,9 @@ def layer_adapter(
         _MASKED[original] = _times_masked(cosine)
     _RESIDUALS[original] = residuals
     if cosine is None:
-        _RECOMPUTE[original] = Recompute(residuals[0], _MLP[original], "pre", _why_not_half)
+        _HALVES[original] = Halves(residuals[0], _MLP[original], "pre", _why_not_half)
     else:
-        _RECOMPUTE[original] = Recompute(residuals[1], _MLP[original], "post")
+        _HALVES[original] = Halves(residuals[1], _MLP[original], "post")
 
     def reason_to_skip(layer: Any) -> str | None:
         if list(inspect.signature(original.forward).parameters)[1:] != list(takes):
@@ -485,7 +502,7 @@ def layer_adapter(
         input_shape=lambda layer: (*_map_size(layer), _width(layer)),
         weight=lambda layer: _out(layer).weight,
         run=_run_with_size,
-        why_not_recompute=_RECOMPUTE[original].why_not_in_training,
+        why_not_recompute=_HALVES[original].why_not_in_training,
     )
 
 

@@ -1,10 +1,10 @@
-// Linear layers for x86-64 CPUs with AVX-512 (F, BW, DQ and VL).
+// All kernels for x86-64 CPUs with AVX-512 (F, BW, DQ and VL).
 #ifdef __x86_64__
 #include <immintrin.h>
 
 #include <cstdint>
 
-#include "linear_kernels.h"
+#include "kernels.h"
 
 // The pragma covers the rest of the file, because templates are compiled for the target in effect at the end of the
 // file.
@@ -16,10 +16,10 @@
 #endif
 
 #define SWINKERNELS_ISA avx512
-#define SWINKERNELS_KERNELS kAvx512LinearKernels
+#define SWINKERNELS_KERNELS kAvx512Kernels
 #define SWINKERNELS_LANES 16
 #define SWINKERNELS_AVX
-#include "linear.inl"
+#include "kernels.inl"
 
 #ifdef __clang__
 #pragma clang attribute pop

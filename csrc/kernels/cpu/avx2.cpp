@@ -1,10 +1,10 @@
-// Linear layers for x86-64 CPUs with AVX2, FMA and F16C.
+// All kernels for x86-64 CPUs with AVX2, FMA and F16C.
 #ifdef __x86_64__
 #include <immintrin.h>
 
 #include <cstdint>
 
-#include "linear_kernels.h"
+#include "kernels.h"
 
 // The pragma covers the rest of the file, because templates are compiled for the target in effect at the end of the
 // file.
@@ -15,10 +15,10 @@
 #endif
 
 #define SWINKERNELS_ISA avx2
-#define SWINKERNELS_KERNELS kAvx2LinearKernels
+#define SWINKERNELS_KERNELS kAvx2Kernels
 #define SWINKERNELS_LANES 8
 #define SWINKERNELS_AVX
-#include "linear.inl"
+#include "kernels.inl"
 
 #ifdef __clang__
 #pragma clang attribute pop

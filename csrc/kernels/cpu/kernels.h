@@ -1,8 +1,11 @@
-// The interface through which window_attention.cpp calls the window attention kernels of one instruction set.
+// The kernels of one instruction set, and the choice of the set.
 #pragma once
 
 #include <cstdint>
 
+#include "machine.h"
+#include "params/attention_half_cpu.h"
+#include "params/linear_cpu.h"
 #include "params/window_attention_cpu.h"
 
 namespace swinkernels::cpu {
@@ -45,10 +48,38 @@ struct WindowAttentionKernels {
                             void* scratch);
 };
 
-extern const WindowAttentionKernels kBaselineKernels;
+// A call of the kernels below is divided into tasks, which no result depends on. Every thread calls a kernel once; the
+// kernel takes the next task from the counter `next` until there is none, so that a slow thread does not delay the
+// others. scratch_bytes returns the number of bytes of scratch memory for one call. The memory must be 64-byte aligned.
+template <class Params>
+struct TaskKernel {
+  int64_t (*tasks)(const Params&);
+  int64_t (*scratch_bytes)(const Params&);
+  void (*run)(const Params&, int64_t* next, void* scratch);
+};
+
+struct Kernels {
+  WindowAttentionKernels window_attention;
+  TaskKernel<LinearParams> linear;
+  TaskKernel<MlpParams> mlp;
+  TaskKernel<AttentionHalfParams> attention_half;
+};
+
+extern const Kernels kBaselineKernels;
 #ifdef __x86_64__
-extern const WindowAttentionKernels kAvx2Kernels;
-extern const WindowAttentionKernels kAvx512Kernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
 #endif
+
+// Returns the kernels of this machine's instruction set.
+const Kernels& kernels();
+
+// Runs all tasks of a call.
+template <class Params>
+void run_tasks(const TaskKernel<Params>& kernel, const Params& p, ParallelFor parallel_for) {
+  const int64_t bytes = kernel.scratch_bytes(p);
+  int64_t next = 0;
+  run(parallel_for, kernel.tasks(p), [&](int64_t, int64_t) { kernel.run(p, &next, scratch(bytes)); });
+}
 
 }  // namespace swinkernels::cpu

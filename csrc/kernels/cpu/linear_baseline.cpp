@@ -1,9 +1,0 @@
-// Linear layers for any CPU, with vectors of 4 floats, which every x86-64 and aarch64 CPU supports.
-#include <cstdint>
-
-#include "linear_kernels.h"
-
-#define SWINKERNELS_ISA baseline
-#define SWINKERNELS_KERNELS kBaselineLinearKernels
-#define SWINKERNELS_LANES 4
-#include "linear.inl"

@@ -1,0 +1,25 @@
+// The function that runs the attention half of a block on a CPU, and its arguments. All data is float32.
+#pragma once
+
+#include "linear_cpu.h"
+#include "window_attention.h"
+
+namespace swinkernels::cpu {
+
+// out = x + post_norm(proj(attention(qkv(norm(x))))), without x + unless `residual`. The rows of pad tokens are zeros
+// before qkv, so their q, k and v are the layers' biases.
+struct AttentionHalfParams {
+  // Everything but the maps, lse and pad_qkv. There are no axis_tables, no key margin and no dropout.
+  WindowAttentionForwardParams attention;
+  ConstTokenMap x;  // (B, D, H, W, channels)
+  TokenMap out;
+  int64_t channels;
+  bool residual;
+  RowNorm norm, post_norm;
+  LinearLayer qkv[3], proj;  // q, k, v: num_heads * head_dim rows each
+  int64_t threads;           // the number of threads that the work should keep busy
+};
+
+void attention_half_forward(const AttentionHalfParams& params, ParallelFor parallel_for);
+
+}  // namespace swinkernels::cpu

@@ -1,0 +1,204 @@
+"""Computes the halves of a block with attention_half and mlp_half, where that saves memory or time.
+
+In training, ``accelerate(recompute=True)`` makes the backward pass recompute norms and GELU: the halves save their
+inputs, but not their results. In v2 blocks no norm precedes QKV: attention_half would save the same tensors as the
+block's own attention, so only the MLP half is replaced.
+
+In float32 inference on a CPU, a half is one op if this package's kernels compute it, and no map is written in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinkernels.adapters.bypass import child, class_of, why_not_absorbed
+from swinkernels.adapters.linear_layers import Mlp, drops_nothing, why_not_left_out, why_not_readable
+from swinkernels.adapters.norms import Residual, in_another_dtype, norm_dtype
+from swinkernels.ops._backends import backend_beside
+from swinkernels.ops._fused_linear import joins
+from swinkernels.ops._library import is_untraced, linear_dtype
+from swinkernels.ops.attention_half import attention_half
+from swinkernels.ops.mlp_half import mlp_half
+
+# Computes an attention branch or, given True, its sum with the block's input; see Halves.run.
+Attention = Callable[[bool], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Describes how mlp_half and, in v1, attention_half replace parts of a block."""
+
+    # In v1, the drop path, the sum and the norm between attention and MLP; in v2, the norm, the drop path and the sum
+    # after the MLP.
+    residual: Residual
+    mlp: Mlp
+    # The ``norm`` argument of mlp_half: "pre" (v1) or "post" (v2).
+    norm: str
+    # (block, training) -> the reason why the halves cannot replace the block's code although residual and MLP fit, or
+    # None: in v1 the attention may not fit. If training is None, the current mode of the dropouts applies.
+    why_not_block: Callable[[Any, bool | None], str | None] = lambda block, training: None
+    # Returns the module that owns the modules of ``mlp``, if that is not the block.
+    owner: Callable[[Any], Any] = lambda block: block
+
+    def why_not(self, block: Any, training: bool | None = None) -> str | None:
+        """Return the reason why the halves cannot replace the block's code, or None.
+
+        Unless ``training`` is None, it overrides the training mode of the dropouts.
+        """
+        reason = self.why_not_block(block, training) or self.residual.why_not(block)
+        if reason is not None:
+            return reason
+        owner = self.owner(block)
+        layers = self.mlp.layers_or_reason(owner, training)
+        if isinstance(layers, str):
+            return layers
+        reason = why_not_readable("fc1", layers.fc1) or why_not_readable("fc2", layers.fc2)
+        if reason is not None or self.norm == "post" or self.mlp.drop is None:
+            return reason
+        drop, kind = child(owner, self.mlp.drop), self.mlp.drop_kind
+        if kind is nn.Dropout:
+            return why_not_left_out(self.mlp.drop, drop, training=training)
+        return why_not_absorbed(
+            self.mlp.drop, drop, nn.Identity if class_of(drop) is nn.Identity else kind, kind.__name__
+        )
+
+    def why_not_in_training(self, block: Any) -> str | None:
+        """Return the result of :meth:`why_not` for a block in training mode, for the report."""
+        return self.why_not(block, training=True)
+
+    def run(self, block: Any, x: Tensor, attention: Attention | None = None) -> Tensor | None:
+        """Compute the block (v1) or its MLP half (v2), or return None if the block has to run as without halves.
+
+        Args:
+            block: the accelerated block.
+            x: the block's input (v1) or the residual stream after attention (v2).
+            attention: in v1, computes the attention branch of ``x`` before the drop path or, given True, adds x to it.
+                Returns None if attention_half cannot compute it.
+        """
+        if torch.is_grad_enabled():
+            applies = block._swinkernels_recomputes and is_untraced((x,))
+        else:
+            applies = joins(x)
+        if not applies or self.why_not(block) is not None:
+            return None
+        norm, dtype = child(block, self.residual.norm), linear_dtype(x)
+        layers = self.mlp.layers(self.owner(block), x)
+        of_branch = norm_dtype(x, dtype) if self.norm == "post" else dtype
+        if (
+            layers is None
+            or in_another_dtype(x, norm.weight, norm.bias)
+            or torch.promote_types(x.dtype, of_branch) != x.dtype
+        ):
+            return None
+        fc1, fc2, gelu = layers
+        if not (_follows(fc1, x.shape[-1]) and _follows(fc2, fc1.weight.shape[0], x.shape[-1])):
+            return None  # the library's own code raises its own error
+        drops = self._recomputing(block, x, attention) if torch.is_grad_enabled() else self._joined(block, x, attention)
+        if drops is None:
+            return None
+        x, options = drops
+        return mlp_half(
+            x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, eps=norm.eps, norm=self.norm,
+            approximate=gelu, backend=backend_beside("residual_layer_norm", block._swinkernels_backend), **options,
+        )  # fmt: skip
+
+    def _recomputing(self, block: Any, x: Tensor, attention: Attention | None) -> tuple[Tensor, dict[str, Any]] | None:
+        """Return mlp_half's input and its arguments for branch and drop paths, or None if attention is not a half."""
+        dtype = linear_dtype(x)
+        of_branch = norm_dtype(x, dtype) if self.norm == "post" else dtype
+        branch = None
+        if attention is not None:
+            branch = attention(False)
+            if branch is None:
+                return None
+            of_branch = branch.dtype
+        # Drop paths draw the same random numbers as the library's, because no other layer draws any after attention.
+        scale = last = None
+        if self.residual.drop_path is not None:
+            drawn_for = x if branch is None else branch
+            scale = self.residual.scale(child(block, self.residual.drop_path), drawn_for, of_branch)
+        if self.norm == "post":
+            scale, last = None, scale
+        elif self.mlp.drop is not None and self.mlp.drop_kind is not nn.Dropout:
+            last = self.residual.scale(child(self.owner(block), self.mlp.drop), x, of_branch)
+        return x, {"branch": branch, "branch_scale": scale, "drop_path_scale": last}
+
+    def _joined(self, block: Any, x: Tensor, attention: Attention | None) -> tuple[Tensor, dict[str, Any]] | None:
+        """Return the residual stream before the MLP half, or None if a drop path or attention prevents it."""
+        drops = [(block, self.residual.drop_path, self.residual.kind)]
+        if self.norm == "pre":
+            drops.append((self.owner(block), self.mlp.drop, self.mlp.drop_kind))
+        if not all(_drops_nothing(*drop) for drop in drops):
+            return None
+        s = x if attention is None else attention(True)
+        return None if s is None else (s, {})
+
+
+def _follows(layer: Any, into: int, out: int | None = None) -> bool:
+    """Return True if a Linear layer has ``into`` input channels and, unless it is None, ``out`` output channels."""
+    rows, columns = layer.weight.shape if layer.weight.dim() == 2 else (-1, -1)
+    return columns == into and out in (None, rows) and (layer.bias is None or layer.bias.shape == (rows,))
+
+
+def _drops_nothing(owner: Any, name: str | None, kind: type[nn.Module]) -> bool:
+    return name is None or drops_nothing(name, child(owner, name), kind)
+
+
+def add_normed_attention(
+    block: Any, x: Tensor, residual: Residual, why_not: Callable[[], str | None], branch: Callable[[], Tensor | None]
+) -> Tensor | None:
+    """Return x + norm(attention(x)), the first half of a v2 block, or None if it cannot be one op.
+
+    Args:
+        block: the accelerated block.
+        x: its input.
+        residual: its first residual connection.
+        why_not: returns the reason why attention_half cannot replace the attention, or None.
+        branch: calls :func:`attention_branch` with ``place="post"`` and returns its result in the shape of x.
+    """
+    if not joins(x) or residual.why_not(block) is not None or why_not() is not None:
+        return None
+    return branch() if _drops_nothing(block, residual.drop_path, residual.kind) else None
+
+
+def attention_branch(
+    x: Tensor,
+    norm: Any,
+    qkv: Sequence[Any],
+    proj: Any,
+    backend: str,
+    arguments: dict[str, Any],
+    residual: bool = False,
+    place: str = "pre",
+) -> Tensor | None:
+    """Return the output of a block's attention branch, computed by attention_half, plus x if ``residual``.
+
+    Return None if the layers do not fit or if the device or, outside autocast, the dtype of a parameter differs from
+    that of ``x``.
+
+    Args:
+        x: (B, *S, C), the block's input.
+        norm: the norm before QKV or, if ``place`` is "post", after the projection.
+        qkv: one Linear layer for q, k and v together, or one for each.
+        proj: the Linear layer after attention.
+        backend: the backend of the attention.
+        arguments: the keyword arguments of window_attention_qkvpacked.
+    """
+    parameters = [p for layer in (norm, *qkv, proj) for p in (layer.weight, layer.bias)]
+    if in_another_dtype(x, *parameters):
+        return None
+    channels, width = x.shape[-1], sum(layer.weight.shape[0] for layer in qkv) // 3
+    if not (all(_follows(layer, channels) for layer in qkv) and _follows(proj, width, channels)):
+        return None  # the library's own code raises its own error
+    bias = arguments.pop("pad_qkv")
+    weight = qkv[0].weight if len(qkv) == 1 else tuple(layer.weight for layer in qkv)
+    return attention_half(
+        x, norm.weight, norm.bias, weight, bias, proj.weight, proj.bias, eps=norm.eps, norm=place,
+        residual=residual, backend=backend,
+        **arguments,
+    )  # fmt: skip

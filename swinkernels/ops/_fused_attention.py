@@ -1,0 +1,82 @@
+"""Defines the op ``fused_attention_half`` of ``torch.ops.swinkernels``, for float32 inference on a CPU.
+
+The op is the attention half of a block in one pass over windows (csrc/kernels/cpu/attention_half.inl): norm, QKV,
+attention, projection and residual connection. No map between x and the result is ever written. It has no derivative.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from swinkernels.ops._arguments import frame_size
+from swinkernels.ops._fused_linear import Layer, Norm, run_on_kernels
+from swinkernels.ops._library import define, is_plain, register
+from swinkernels.window_spec import WindowSpec
+
+# Without k_weight and v_weight, q_weight has the rows of all three. The tables are float32 except region_map (int32).
+# norm is "", "pre" or "post".
+define(
+    "fused_attention_half(Tensor x, Tensor q_weight, Tensor? k_weight, Tensor? v_weight, Tensor? qkv_bias, "
+    "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? bias_table, Tensor? bias, "
+    "Tensor? logit_scale, Tensor? region_map, str spec, float scale, float mask_value, int num_heads, bool residual, "
+    "str norm, float eps) -> Tensor"
+)
+
+
+def _fake(x, *_):
+    return x.new_empty(x.shape)
+
+
+def _refuse(*_):
+    raise NotImplementedError(
+        "fused_attention_half has no derivative: call it under torch.no_grad(), or use swinkernels.attention_half"
+    )
+
+
+_OP = register("fused_attention_half", _fake, lambda ctx, tensors, others, output: None, _refuse)
+
+# A task is a group of up to 200 rows, and it reads all weights. If there are too few windows for full groups on all
+# threads, or so many channels that a group has few rows, separate ops read the weights less often.
+_WINDOWS_PER_THREAD, _MOST_CHANNELS = 4, 768
+
+
+def takes(spec: WindowSpec, channels: int) -> bool:
+    """Return True if the op computes window attention with this spec and is worthwhile for maps of ``channels``."""
+    is_plain = spec.key_window == spec.window_size and not spec.axis_tables and spec.dropout_p == 0.0
+    return is_plain and channels <= _MOST_CHANNELS
+
+
+def attention_half(
+    x: Tensor,
+    qkv: tuple[Tensor, ...],
+    qkv_bias: Tensor | None,
+    proj: Layer,
+    norm: Norm,
+    tables: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    spec: WindowSpec,
+    num_heads: int,
+    residual: bool,
+) -> Tensor | None:
+    """Run the op, or return None if it cannot run here or if separate ops are faster.
+
+    ``tables`` are bias_table, bias, logit_scale and region_map; the other arguments are those of the public function,
+    which has checked them. :func:`takes` must have returned True.
+    """
+    if not is_plain((x,)):  # first, because a compiler cannot trace the number of threads
+        return None
+    windows = x.shape[0] * math.prod(frame_size(x.shape[1:-1], spec.window_size)) // spec.volume
+    if windows < _WINDOWS_PER_THREAD * torch.get_num_threads():
+        return None
+    *floats, region_map = tables
+    if region_map is not None and (region_map.dtype != torch.int32 or region_map.device != x.device):
+        return None
+    if not run_on_kernels(x, (*qkv, proj[0]), (qkv_bias, proj[1], norm.weight, norm.bias, *floats)):
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OP.overload(
+            x, *(*qkv, None, None)[:3], qkv_bias, *proj, norm.weight, norm.bias, *tables,
+            spec.wire(needs_lse=False), spec.scale, spec.mask_value, num_heads, residual, norm.place, norm.eps,
+        )  # fmt: skip
