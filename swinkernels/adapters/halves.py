@@ -199,6 +199,5 @@ def attention_branch(
     weight = qkv[0].weight if len(qkv) == 1 else tuple(layer.weight for layer in qkv)
     return attention_half(
         x, norm.weight, norm.bias, weight, bias, proj.weight, proj.bias, eps=norm.eps, norm=place,
-        residual=residual, backend=backend,
-        **arguments,
+        residual=residual, backend=backend, **arguments,
     )  # fmt: skip

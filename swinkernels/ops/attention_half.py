@@ -1,7 +1,7 @@
 """The attention half of a Swin block: the public function.
 
-The function is not an op itself: it composes the ops for norm and window attention, torch's matrix products and
-:mod:`swinkernels.ops._recomputed`.
+The function composes the ops for norm and window attention, torch's matrix products and
+:mod:`swinkernels.ops._recomputed`, or runs the whole half as one op, :mod:`swinkernels.ops._fused_attention`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def attention_half(
         layer_scale: gamma, (C,), a factor for each channel of the branch, or None for 1. With "pre" it multiplies the
             weight and bias of proj, which are then cast to the dtype of the matrix product.
         backend: backend of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm; if it
-            has no norm, the norm uses "auto". torch computes the matrix products, except with "reference".
+            has no norm, the norm uses "auto". torch computes the matrix products, except with "reference" and, with
+            "auto" or "cpu", in float32 inference on some CPUs, where one op computes the half of a batch with enough
+            windows.
         attention: the other arguments of :func:`swinkernels.window_attention_qkvpacked`, except ``pad_qkv``, which is
             ``qkv_bias``, and ``return_attention``.
 
