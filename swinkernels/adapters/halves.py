@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.bypass import child, class_of, why_not_absorbed
-from swinkernels.adapters.linear_layers import Mlp, drops_nothing, why_not_left_out, why_not_readable
+from swinkernels.adapters.linear_layers import Layers, Mlp, drops_nothing, why_not_left_out, why_not_readable
 from swinkernels.adapters.norms import Residual, in_another_dtype, norm_dtype
 from swinkernels.ops._backends import backend_beside
 from swinkernels.ops._fused_linear import joins
@@ -50,6 +50,11 @@ class Halves:
 
         Unless ``training`` is None, it overrides the training mode of the dropouts.
         """
+        found = self._layers_or_reason(block, training)
+        return found if isinstance(found, str) else None
+
+    def _layers_or_reason(self, block: Any, training: bool | None) -> Layers | str:
+        """Return the layers of the MLP, or the result of :meth:`why_not`."""
         reason = self.why_not_block(block, training) or self.residual.why_not(block)
         if reason is not None:
             return reason
@@ -58,14 +63,14 @@ class Halves:
         if isinstance(layers, str):
             return layers
         reason = why_not_readable("fc1", layers.fc1) or why_not_readable("fc2", layers.fc2)
-        if reason is not None or self.norm == "post" or self.mlp.drop is None:
-            return reason
-        drop, kind = child(owner, self.mlp.drop), self.mlp.drop_kind
-        if kind is nn.Dropout:
-            return why_not_left_out(self.mlp.drop, drop, training=training)
-        return why_not_absorbed(
-            self.mlp.drop, drop, nn.Identity if class_of(drop) is nn.Identity else kind, kind.__name__
-        )
+        if reason is None and self.norm == "pre" and self.mlp.drop is not None:
+            drop, kind = child(owner, self.mlp.drop), self.mlp.drop_kind
+            if kind is nn.Dropout:
+                reason = why_not_left_out(self.mlp.drop, drop, training=training)
+            else:
+                expected = nn.Identity if class_of(drop) is nn.Identity else kind
+                reason = why_not_absorbed(self.mlp.drop, drop, expected, kind.__name__)
+        return layers if reason is None else reason
 
     def why_not_in_training(self, block: Any) -> str | None:
         """Return the result of :meth:`why_not` for a block in training mode, for the report."""
@@ -84,18 +89,14 @@ class Halves:
             applies = block._swinkernels_recomputes and is_untraced((x,))
         else:
             applies = joins(x)
-        if not applies or self.why_not(block) is not None:
+        layers = self._layers_or_reason(block, None) if applies else "they do not apply"
+        if isinstance(layers, str):
             return None
-        norm, dtype = child(block, self.residual.norm), linear_dtype(x)
-        layers = self.mlp.layers(self.owner(block), x)
+        (fc1, fc2, gelu), norm, dtype = layers, child(block, self.residual.norm), linear_dtype(x)
         of_branch = norm_dtype(x, dtype) if self.norm == "post" else dtype
-        if (
-            layers is None
-            or in_another_dtype(x, norm.weight, norm.bias)
-            or torch.promote_types(x.dtype, of_branch) != x.dtype
-        ):
+        parameters = [p for layer in (norm, fc1, fc2) for p in (layer.weight, layer.bias)]
+        if in_another_dtype(x, *parameters) or torch.promote_types(x.dtype, of_branch) != x.dtype:
             return None
-        fc1, fc2, gelu = layers
         if not (_follows(fc1, x.shape[-1]) and _follows(fc2, fc1.weight.shape[0], x.shape[-1])):
             return None  # the library's own code raises its own error
         drops = self._recomputing(block, x, attention) if torch.is_grad_enabled() else self._joined(block, x, attention)
