@@ -312,6 +312,15 @@ def test_post_norm_with_layer_scale() -> None:
         )
 
 
+def test_a_replaced_layer_norm_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    positional, options = Case((32, 32), (4, 4)).tensors()
+    published, unchanged = torch.nn.functional.layer_norm, run(positional, options)
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda *args: 2 * published(*args))
+    y = run(positional, options)
+    torch.testing.assert_close(y, run(positional, options, kernels=False), rtol=1e-4, atol=1e-5)
+    assert (y - unchanged).abs().max() > 0.1
+
+
 ISA_CASES = """
 import os, sys
 import torch

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import swinkernels
 from swinkernels import reference
+from swinkernels.ops import _fused_attention, _fused_linear
 from tests.support.saved_bytes import kept_bytes
 from tests.support.side_by_side import assert_same, draw
 from tests.support.sweeps import in_turn
@@ -312,6 +313,22 @@ def test_export_and_deepcopy(op):
     program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
     torch.testing.assert_close(program.module()(x), expected)
     torch.testing.assert_close(program.module()(torch.cat([x, x])), torch.cat([expected, expected]))
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("op", OPS)
+def test_compile_in_one_graph_without_gradients(op, norm, monkeypatch):
+    """A compiler does not trace the choice of the CPU kernels."""
+    monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", 0)
+    monkeypatch.setattr(_fused_attention, "_WINDOWS_PER_THREAD", 0)
+    tensors, options = case(op, norm=norm, full=False)
+    tensors = [t if t is None else t.float() for t in tensors]
+    options = {name: value.float() if isinstance(value, Tensor) else value for name, value in options.items()}
+    half = getattr(swinkernels, op)
+    torch.compiler.reset()
+    with torch.no_grad():
+        got = torch.compile(lambda x: half(x, *tensors[1:], **options), fullgraph=True, backend="eager")(tensors[0])
+        torch.testing.assert_close(got, half(*tensors, **options), rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_batch():
