@@ -89,29 +89,39 @@ class Halves:
             applies = block._swinkernels_recomputes and is_untraced((x,))
         else:
             applies = joins(x)
-        layers = self._layers_or_reason(block, None) if applies else "they do not apply"
+        if not applies:
+            return None
+        layers = self._layers_or_reason(block, None)
         if isinstance(layers, str):
             return None
-        (fc1, fc2, gelu), norm, dtype = layers, child(block, self.residual.norm), linear_dtype(x)
-        of_branch = norm_dtype(x, dtype) if self.norm == "post" else dtype
+        fc1, fc2, gelu = layers
+        norm, of_branch = child(block, self.residual.norm), linear_dtype(x)
+        if self.norm == "post":
+            of_branch = norm_dtype(x, of_branch)
         parameters = [p for layer in (norm, fc1, fc2) for p in (layer.weight, layer.bias)]
         if in_another_dtype(x, *parameters) or torch.promote_types(x.dtype, of_branch) != x.dtype:
             return None
         if not (_follows(fc1, x.shape[-1]) and _follows(fc2, fc1.weight.shape[0], x.shape[-1])):
             return None  # the library's own code raises its own error
-        drops = self._recomputing(block, x, attention) if torch.is_grad_enabled() else self._joined(block, x, attention)
-        if drops is None:
+        if torch.is_grad_enabled():
+            found = self._recomputing(block, x, attention, of_branch)
+        else:
+            found = self._joined(block, x, attention)
+        if found is None:
             return None
-        x, options = drops
+        x, options = found
         return mlp_half(
             x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, eps=norm.eps, norm=self.norm,
             approximate=gelu, backend=backend_beside("residual_layer_norm", block._swinkernels_backend), **options,
         )  # fmt: skip
 
-    def _recomputing(self, block: Any, x: Tensor, attention: Attention | None) -> tuple[Tensor, dict[str, Any]] | None:
-        """Return mlp_half's input and its arguments for branch and drop paths, or None if attention is not a half."""
-        dtype = linear_dtype(x)
-        of_branch = norm_dtype(x, dtype) if self.norm == "post" else dtype
+    def _recomputing(
+        self, block: Any, x: Tensor, attention: Attention | None, of_branch: torch.dtype
+    ) -> tuple[Tensor, dict[str, Any]] | None:
+        """Return mlp_half's input and its arguments for branch and drop paths, or None if attention is not a half.
+
+        Without ``attention``, ``of_branch`` is the dtype of the drop path's input.
+        """
         branch = None
         if attention is not None:
             branch = attention(False)
@@ -130,7 +140,10 @@ class Halves:
         return x, {"branch": branch, "branch_scale": scale, "drop_path_scale": last}
 
     def _joined(self, block: Any, x: Tensor, attention: Attention | None) -> tuple[Tensor, dict[str, Any]] | None:
-        """Return the residual stream before the MLP half, or None if a drop path or attention prevents it."""
+        """Return mlp_half's input, the residual stream after attention, and no arguments for branch and drop paths.
+
+        Return None if a drop path is active or if attention_half cannot compute the attention.
+        """
         drops = [(block, self.residual.drop_path, self.residual.kind)]
         if self.norm == "pre":
             drops.append((self.owner(block), self.mlp.drop, self.mlp.drop_kind))

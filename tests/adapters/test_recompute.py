@@ -178,7 +178,7 @@ def test_the_same_outputs_and_gradients(family, drop_path, training, halves):
     model, x = make_model(family, drop_path=drop_path).train(training), make_image(family=family)
     fast = accelerated(model)
     for calls in halves.values():
-        calls.clear()  # those of the trial of a copied block, which also runs without gradients
+        calls.clear()  # the trial of a copied block calls the halves, too
     assert_same(step(fast, x), step(model, x))
     is_v1, blocks, drops = FAMILIES[family].version == 1, FAMILIES[family].blocks, drop_path > 0.0 and training
     assert len(halves["attention_half"]) == blocks * is_v1

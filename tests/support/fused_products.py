@@ -27,7 +27,7 @@ def fused_calls() -> Iterator[list[str]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield names
     products = {"mkldnn::_linear_pointwise": 1, "swinkernels::fused_linear": 1, "swinkernels::fused_mlp": 2}
-    products["swinkernels::fused_attention_half"] = 2  # except those of the attention
+    products["swinkernels::fused_attention_half"] = 2  # with the weights of qkv and proj
     for event in profile.events():
         names += [event.name] * products.get(event.name, 0)
 

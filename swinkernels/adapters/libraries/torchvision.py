@@ -232,8 +232,11 @@ def _why_not_half(block: Any, training: bool | None) -> str | None:
     if class_of(attn) is not AcceleratedShiftedWindowAttention:
         return None
     reason = _why_not_op(attn) or why_not_norm("norm1", child(block, "norm1"), _NORM1_ROW(block))
-    if reason is not None:
-        return reason
+    return reason or _why_not_absorbed(attn, training)
+
+
+def _why_not_absorbed(attn: Any, training: bool | None) -> str | None:
+    """Return the reason why attention_half cannot replace the layers and the last dropout of ``attn``, or None."""
     if attn.dropout != 0.0 and (attn.training if training is None else training):
         return f"attn.dropout drops elements in training (p={attn.dropout})"
     return why_not_readable("attn.qkv", child(attn, "qkv")) or why_not_readable("attn.proj", child(attn, "proj"))
@@ -260,12 +263,10 @@ def _added_attention(block: Any, x: Tensor) -> Tensor | None:
     attn = child(block, "attn")
 
     def why_not() -> str | None:
+        if x.dim() != 4:
+            return "x is not a map"
         reason = why_not_accelerated("attn", attn, AcceleratedShiftedWindowAttentionV2) or _why_not_attention(attn)
-        if reason is None and attn.dropout != 0.0 and attn.training:
-            reason = f"attn.dropout drops elements in training (p={attn.dropout})"
-        if reason is not None or x.dim() != 4:
-            return reason or "x is not a map"
-        return why_not_readable("attn.qkv", child(attn, "qkv")) or why_not_readable("attn.proj", child(attn, "proj"))
+        return reason or _why_not_absorbed(attn, None)
 
     def branch() -> Tensor | None:
         arguments = _attention_arguments(attn, tuple(x.shape[1:3]))
