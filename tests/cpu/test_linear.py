@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +12,10 @@ from torch import Tensor
 from swinkernels import _extension
 from swinkernels.ops import _fused_linear  # registers the ops' fake kernels
 from swinkernels.testing import assert_within_budget
+from tests.support import instruction_sets
 
 pytestmark = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 
-ROOT = Path(__file__).resolve().parents[2]
 OPS = torch.ops.swinkernels
 GELUS = ["", "none", "tanh"]
 # A vector has up to 16 lanes, a panel up to 64 rows, a block up to 128, and a tail up to 4; a slice of the weight is 48
@@ -275,16 +271,12 @@ def test_opcheck():
     )
 
 
-ISA_CASES = """
-import os, sys
-import torch
+@pytest.mark.parametrize("name", instruction_sets.SETS)
+def test_instruction_set(name):
+    if name == OPS.cpu_instruction_set():
+        pytest.skip("the other tests use these kernels")
+    code = """
 from tests.cpu import test_linear as tests
-try:
-    used = torch.ops.swinkernels.cpu_instruction_set()
-except (RuntimeError, ValueError) as error:
-    print(error)
-    sys.exit(77)
-assert used == os.environ["SWINKERNELS_CPU_ISA"]
 for rows in tests.ROWS:
     tests.test_norms(rows)
 for gelu in tests.GELUS:
@@ -296,17 +288,4 @@ for gelu in tests.GELUS[1:]:
     tests.test_gelu(gelu)
 tests.test_large()
 """
-
-
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-def test_instruction_set(name):
-    if name == OPS.cpu_instruction_set():
-        pytest.skip("the other tests use these kernels")
-    environ = {**os.environ, "SWINKERNELS_CPU_ISA": name, "OMP_NUM_THREADS": "1"}
-    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", ISA_CASES]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode == 77:
-        assert "SWINKERNELS_CPU_ISA must be an instruction set that this machine supports" in done.stdout
-        pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, done.stdout + done.stderr
+    instruction_sets.check_with(name, code)

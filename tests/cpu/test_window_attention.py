@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +11,12 @@ import swinkernels
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import check_window_attention, run_case
+from tests.support import instruction_sets
 
 MISSING = _backends.unavailable("cpu")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no CPU backend: {MISSING}")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def packed(*args, **arguments):
@@ -345,25 +341,17 @@ for dtype in DTYPES[1:]:
 """
 
 
-def _run_with_instruction_set(name: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "SWINKERNELS_CPU_ISA": name, "OMP_NUM_THREADS": "1"}
-    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", ISA_CASES], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120
-    )
-
-
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", instruction_sets.SETS)
 def test_instruction_set(name):
-    result = _run_with_instruction_set(name)
-    if result.returncode == 77:
+    result = instruction_sets.run_with(name, ISA_CASES)
+    if result.returncode == instruction_sets.UNSUPPORTED:
         pytest.skip(result.stdout.strip())
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_unknown_instruction_set():
-    result = _run_with_instruction_set("mmx")
-    assert result.returncode == 77
+    result = instruction_sets.run_with("mmx", ISA_CASES)
+    assert result.returncode == instruction_sets.UNSUPPORTED
     assert "SWINKERNELS_CPU_ISA must be" in result.stdout
     assert "baseline" in result.stdout
     assert "mmx" in result.stdout

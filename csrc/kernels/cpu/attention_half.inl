@@ -4,7 +4,8 @@
 // Layout    A task is a group of windows, whose rows are packed into one panel (see panels.inl): a token is a column. The
 //           products q, k and v of a head are panels, too. q is what the scores need as it is, k and v are read by
 //           single elements, and the output of attention is the panel that proj reads. Nothing is transposed but x and
-//           the result, and no vector has lanes without a row, except at the end of a group.
+//           the result. Windows follow one another without gaps, so in the products with weights only the last vector
+//           of a group has lanes without a row.
 // Tiling    A group has so few windows that its rows of x and of the output stay in L2. Its heads follow one another, so
 //           that the weights of one head are read once per group.
 // Work      As in linear.inl and window_attention.inl, but the maps of the norm, of q, k and v and of the output of
@@ -89,14 +90,14 @@ void find_group(const AttentionHalfParams& p, AttentionHalf& s, int64_t first, i
   }
 }
 
-// Divides the columns of a panel (count, stride) by their norms; see normalise_rows.
-void normalise_columns(int64_t count, int64_t width, int64_t stride, float* panel) {
+// Divides the columns of a panel (count, stride) by their norms, as normalise_rows does, and multiplies them by `factor`.
+void normalise_columns(int64_t count, float factor, int64_t width, int64_t stride, float* panel) {
   for (int64_t v = 0; v < width; v += kLanes) {
     Vec sum = {};
     for (int64_t c = 0; c < count; ++c) sum += load(panel + c * stride + v) * load(panel + c * stride + v);
     const Vec inverse = 1.0f / sqrt(sum);
-    const Vec factor = inverse > kMaxInverseNorm ? splat(kMaxInverseNorm) : inverse;  // NaN stays NaN
-    for (int64_t c = 0; c < count; ++c) store(panel + c * stride + v, load(panel + c * stride + v) * factor);
+    const Vec scale = (inverse > kMaxInverseNorm ? splat(kMaxInverseNorm) : inverse) * factor;  // NaN stays NaN
+    for (int64_t c = 0; c < count; ++c) store(panel + c * stride + v, load(panel + c * stride + v) * scale);
   }
 }
 
@@ -122,8 +123,7 @@ void project_head(const AttentionHalfParams& p, AttentionHalf& s, int64_t head, 
     multiply_columns(p.qkv[part], head * dim, dim, s.x, panel, width, stride);
     if (cosine && part < 2) {
       add_bias(p.qkv[part], head * dim, dim, 1.0f, width, stride, panel);
-      normalise_columns(dim, width, stride, panel);
-      if (part == 0) add_bias({}, 0, dim, factor, width, stride, panel);
+      normalise_columns(dim, factor, width, stride, panel);
     } else {
       add_bias(p.qkv[part], head * dim, dim, factor, width, stride, panel);
     }
