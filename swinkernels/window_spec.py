@@ -136,6 +136,11 @@ _OPTIONS = (*(name for name in _GEOMETRY if name not in _OF_TENSORS), "scale", "
 
 def _write(values: tuple[Any, ...]) -> str:
     """Format ``values``, one per field of the wire format. Compilers treat the string as a constant."""
+    return _written(values)
+
+
+@functools.lru_cache(maxsize=4096)
+def _written(values: tuple[Any, ...]) -> str:
     written = zip(_FIELDS.items(), values, strict=True)
     return ";".join(f"{name}={field.write(v)}" for (name, field), v in written if v != field.default(values[0]))
 

@@ -18,6 +18,7 @@ from swinkernels.adapters.bypass import (
     is_traced,
     watch_unless_watched,
 )
+from swinkernels.adapters.checks import Checks, begin
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.part import Part
 from swinkernels.ops._backends import why_no_kernels
@@ -101,6 +102,8 @@ class Accelerated(nn.Module):
     # The stored tensors at the time when the class was swapped or the module was last moved. Compiled code guards on
     # their identity.
     _swinkernels_seen: tuple[Tensor | None, ...] = ()
+    # True if the checks of a call may keep their results, see adapters/checks.py.
+    _swinkernels_keeps_results = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -123,15 +126,20 @@ class Accelerated(nn.Module):
         """Return True if a forward pass must run the library's code.
 
         This holds while the code is traced, after the code was replaced, for an input sharded over devices and, if
-        the backend is "auto", on devices without a kernel. In compiled code this call also makes dynamo guard on the
-        identity of the stored tensors.
+        the backend is "auto", on devices without a kernel. If it does not hold, the call begins with the checks whose
+        results :func:`~swinkernels.adapters.checks.settled` keeps. In compiled code this call also makes dynamo guard
+        on the identity of the stored tensors.
         """
         if torch.compiler.is_dynamo_compiling():
             for tensor, seen in zip(self._swinkernels_stored(), self._swinkernels_seen, strict=False):
                 _ = tensor is seen
         if is_traced(x) or is_patched(self._swinkernels_original) or is_distributed(x):
             return True
-        return self._swinkernels_backend == "auto" and why_no_kernels(x.device) is not None
+        if self._swinkernels_backend == "auto" and why_no_kernels(x.device) is not None:
+            return True
+        if self._swinkernels_keeps_results and not torch.compiler.is_compiling():
+            begin(self)
+        return False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Apply ``fn`` to all tensors, for example to move them, and check the stored tensors again."""
@@ -169,6 +177,7 @@ def swap_class(adapter: Adapter, module: nn.Module, backend: str, recompute: boo
     _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
     module.__dict__["_swinkernels_recomputes"] = recompute
+    module.__dict__[Checks.ATTRIBUTE] = Checks()
     module._swinkernels_swapped()  # type: ignore[operator]
     module._swinkernels_remember()  # type: ignore[operator]
     module._swinkernels_look()  # type: ignore[operator]

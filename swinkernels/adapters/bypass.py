@@ -143,12 +143,15 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
             return f"{f'{name}.' if name else 'its '}{method} was replaced on the instance"
         if getattr(kind, method) is not published and (method != "__call__" or call_is_patched(kind, published)):
             return f"{kind.__name__}.{method} was replaced on the class"
+    if name and own.get("_compiled_call_impl") is not None:  # set by nn.Module.compile
+        return f"{name} is compiled"
     return None
 
 
 # The dicts of torch's global hooks, which run for all modules. torch never replaces these dicts.
 _OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE = _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks
 _OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE = _torch_module._global_backward_hooks, _torch_module._global_backward_pre_hooks
+GLOBAL_HOOKS = (_OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE, _OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE)
 
 
 # The Python module that defines the hooks of torch's FLOP counter. They only record which module is running.
@@ -157,11 +160,17 @@ _HARMLESS = "torch.utils.module_tracker"
 
 def all_modules_have_hooks() -> bool:
     """Return True if a global hook, which runs for all modules, is registered. The FLOP counter's hooks are ignored."""
-    if not (_OF_ALL_FORWARD or _OF_ALL_FORWARD_PRE or _OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE):
+    if not any(GLOBAL_HOOKS):
         return False
     hooks = (*_OF_ALL_FORWARD.values(), *_OF_ALL_FORWARD_PRE.values())
     others = any(getattr(hook, "__module__", "") != _HARMLESS for hook in hooks)
     return others or bool(_OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE)
+
+
+def weight_and_bias(layer: Any) -> tuple[Any, Any]:
+    """Return the parameters of a norm or a Linear layer. This bypasses __getattr__, as :func:`child` does."""
+    own = layer._parameters
+    return (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (layer.weight, layer.bias)
 
 
 def has_own_hooks(module: nn.Module) -> bool:

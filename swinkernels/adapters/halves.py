@@ -9,6 +9,7 @@ In float32 inference on a CPU, a half is one op if this package's kernels comput
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.bypass import child, class_of, why_not_absorbed
-from swinkernels.adapters.linear_layers import Layers, Mlp, drops_nothing, why_not_left_out, why_not_readable
-from swinkernels.adapters.norms import Residual, in_another_dtype, norm_dtype
+from swinkernels.adapters.bypass import child, class_of, weight_and_bias, why_not_absorbed
+from swinkernels.adapters.checks import settled
+from swinkernels.adapters.linear_layers import (
+    Layers,
+    Mlp,
+    WeakLayers,
+    drops_nothing,
+    why_not_left_out,
+    why_not_readable,
+)
+from swinkernels.adapters.norms import Residual, are_elsewhere, norm_dtype
 from swinkernels.ops._backends import backend_beside
 from swinkernels.ops._fused_linear import joins
-from swinkernels.ops._library import is_untraced, linear_dtype
+from swinkernels.ops._library import autocast_dtype, is_untraced, linear_dtype
 from swinkernels.ops.attention_half import attention_half
 from swinkernels.ops.mlp_half import mlp_half
 
@@ -29,7 +38,7 @@ from swinkernels.ops.mlp_half import mlp_half
 Attention = Callable[[bool], Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Halves:
     """Describes how mlp_half and, in v1, attention_half replace parts of a block."""
 
@@ -91,18 +100,15 @@ class Halves:
             applies = joins(x)
         if not applies:
             return None
-        layers = self._layers_or_reason(block, None)
-        if isinstance(layers, str):
-            return None
-        fc1, fc2, gelu = layers
-        norm, of_branch = child(block, self.residual.norm), linear_dtype(x)
+        of_branch = linear_dtype(x)
         if self.norm == "post":
             of_branch = norm_dtype(x, of_branch)
-        parameters = [p for layer in (norm, fc1, fc2) for p in (layer.weight, layer.bias)]
-        if in_another_dtype(x, *parameters) or torch.promote_types(x.dtype, of_branch) != x.dtype:
+        if torch.promote_types(x.dtype, of_branch) != x.dtype:
             return None
-        if not (_follows(fc1, x.shape[-1]) and _follows(fc2, fc1.weight.shape[0], x.shape[-1])):
-            return None  # the library's own code raises its own error
+        dtype = None if autocast_dtype(x) else x.dtype
+        layers = settled(block, self._weak_layers_or_reason, x.shape[-1], x.device, dtype)
+        if isinstance(layers, str):
+            return None
         if torch.is_grad_enabled():
             found = self._recomputing(block, x, attention, of_branch)
         else:
@@ -110,10 +116,29 @@ class Halves:
         if found is None:
             return None
         x, options = found
+        norm, (fc1, fc2, gelu) = child(block, self.residual.norm), layers.strong()
         return mlp_half(
-            x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, eps=norm.eps, norm=self.norm,
+            x, *weight_and_bias(norm), *weight_and_bias(fc1), *weight_and_bias(fc2), eps=norm.eps, norm=self.norm,
             approximate=gelu, backend=backend_beside("residual_layer_norm", block._swinkernels_backend), **options,
         )  # fmt: skip
+
+    def _weak_layers_or_reason(
+        self, block: Any, channels: int, device: torch.device, dtype: torch.dtype | None
+    ) -> WeakLayers | str:
+        """Return the layers of the MLP, or the reason why mlp_half cannot replace the block's code.
+
+        The inputs have ``channels``, are on ``device`` and have ``dtype``, which is None under autocast.
+        """
+        layers = self._layers_or_reason(block, None)
+        if isinstance(layers, str):
+            return layers
+        fc1, fc2, _ = layers
+        parameters = map(weight_and_bias, (child(block, self.residual.norm), fc1, fc2))
+        if are_elsewhere(itertools.chain.from_iterable(parameters), device, dtype):
+            return "a parameter has another dtype, or is on another device, than the input"
+        if not (_follows(fc1, channels) and _follows(fc2, fc1.weight.shape[0], channels)):
+            return "the layers do not fit the input"  # the library's own code raises its own error
+        return layers.weak()
 
     def _recomputing(
         self, block: Any, x: Tensor, attention: Attention | None, of_branch: torch.dtype
@@ -144,13 +169,16 @@ class Halves:
 
         Return None if a drop path is active or if attention_half cannot compute the attention.
         """
-        drops = [(block, self.residual.drop_path, self.residual.kind)]
-        if self.norm == "pre":
-            drops.append((self.owner(block), self.mlp.drop, self.mlp.drop_kind))
-        if not all(_drops_nothing(*drop) for drop in drops):
+        if not settled(block, self._drops_nothing):
             return None
         s = x if attention is None else attention(True)
         return None if s is None else (s, {})
+
+    def _drops_nothing(self, block: Any) -> bool:
+        drops = [(block, self.residual.drop_path, self.residual.kind)]
+        if self.norm == "pre":
+            drops.append((self.owner(block), self.mlp.drop, self.mlp.drop_kind))
+        return all(_drops_nothing(*drop) for drop in drops)
 
 
 def _follows(layer: Any, into: int, out: int | None = None) -> bool:
@@ -164,7 +192,11 @@ def _drops_nothing(owner: Any, name: str | None, kind: type[nn.Module]) -> bool:
 
 
 def add_normed_attention(
-    block: Any, x: Tensor, residual: Residual, why_not: Callable[[], str | None], branch: Callable[[], Tensor | None]
+    block: Any,
+    x: Tensor,
+    residual: Residual,
+    why_not: Callable[[Any], str | None],
+    branch: Callable[[], Tensor | None],
 ) -> Tensor | None:
     """Return x + norm(attention(x)), the first half of a v2 block, or None if it cannot be one op.
 
@@ -172,19 +204,23 @@ def add_normed_attention(
         block: the accelerated block.
         x: its input.
         residual: its first residual connection.
-        why_not: returns the reason why attention_half cannot replace the attention, or None.
+        why_not: returns the reason why attention_half cannot replace the block's attention, or None.
         branch: calls :func:`attention_branch` with ``place="post"`` and returns its result in the shape of x.
     """
-    if not joins(x) or residual.why_not(block) is not None or why_not() is not None:
+    if not joins(x) or settled(block, residual.why_not) is not None or settled(block, why_not) is not None:
         return None
     return branch() if _drops_nothing(block, residual.drop_path, residual.kind) else None
 
 
+# Returns the norm, the Linear layers of q, k and v (one for all or one for each) and the last Linear layer of a block's
+# attention half.
+AttentionLayers = Callable[[Any], tuple[Any, Sequence[Any], Any]]
+
+
 def attention_branch(
+    block: Any,
     x: Tensor,
-    norm: Any,
-    qkv: Sequence[Any],
-    proj: Any,
+    layers: AttentionLayers,
     backend: str,
     arguments: dict[str, Any],
     residual: bool = False,
@@ -196,22 +232,36 @@ def attention_branch(
     that of ``x``.
 
     Args:
+        block: the accelerated block.
         x: (B, *S, C), the block's input.
-        norm: the norm before QKV or, if ``place`` is "post", after the projection.
-        qkv: one Linear layer for q, k and v together, or one for each.
-        proj: the Linear layer after attention.
+        layers: finds the layers of the attention half.
         backend: the backend of the attention.
         arguments: the keyword arguments of window_attention_qkvpacked.
+        residual: as described above.
+        place: "pre" if the norm precedes QKV, "post" if it follows the projection.
     """
-    parameters = [p for layer in (norm, *qkv, proj) for p in (layer.weight, layer.bias)]
-    if in_another_dtype(x, *parameters):
+    dtype = None if autocast_dtype(x) else x.dtype
+    if settled(block, _why_not_attention_half, layers, x.shape[-1], x.device, dtype) is not None:
         return None
-    channels, width = x.shape[-1], sum(layer.weight.shape[0] for layer in qkv) // 3
-    if not (all(_follows(layer, channels) for layer in qkv) and _follows(proj, width, channels)):
-        return None  # the library's own code raises its own error
-    bias = arguments.pop("pad_qkv")
-    weight = qkv[0].weight if len(qkv) == 1 else tuple(layer.weight for layer in qkv)
+    norm, qkv, proj = layers(block)
+    weights = tuple(weight_and_bias(layer)[0] for layer in qkv)
     return attention_half(
-        x, norm.weight, norm.bias, weight, bias, proj.weight, proj.bias, eps=norm.eps, norm=place,
-        residual=residual, backend=backend, **arguments,
+        x, *weight_and_bias(norm), weights[0] if len(weights) == 1 else weights, arguments.pop("pad_qkv"),
+        *weight_and_bias(proj), eps=norm.eps, norm=place, residual=residual, backend=backend, **arguments,
     )  # fmt: skip
+
+
+def _why_not_attention_half(
+    block: Any, layers: AttentionLayers, channels: int, device: torch.device, dtype: torch.dtype | None
+) -> str | None:
+    """Return the reason why attention_half cannot replace the layers, or None.
+
+    The inputs have ``channels``, are on ``device`` and have ``dtype``, which is None under autocast.
+    """
+    norm, qkv, proj = layers(block)
+    if are_elsewhere(itertools.chain.from_iterable(map(weight_and_bias, (norm, *qkv, proj))), device, dtype):
+        return "a parameter has another dtype, or is on another device, than the input"
+    width = sum(layer.weight.shape[0] for layer in qkv) // 3
+    if not (all(_follows(layer, channels) for layer in qkv) and _follows(proj, width, channels)):
+        return "the layers do not fit the input"  # the library's own code raises its own error
+    return None

@@ -5,14 +5,17 @@ In all other cases, and if an inner module has to be called because of a hook, t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.adapters.bypass import child, class_of, watch, why_not_absorbed
+from swinkernels.adapters.bypass import child, class_of, watch, weight_and_bias, why_not_absorbed
+from swinkernels.adapters.checks import keeps_results, settled
 from swinkernels.adapters.norms import in_another_dtype
 from swinkernels.ops._fused_linear import fuses, linear, mlp
 
@@ -134,11 +137,29 @@ class Layers(NamedTuple):
     gelu: str
 
     def __call__(self, z: Tensor, s: Tensor | None = None) -> Tensor:
-        fc1, fc2, gelu = self
-        return mlp(z, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias), gelu=gelu, residual=s)
+        return mlp(z, weight_and_bias(self.fc1), weight_and_bias(self.fc2), gelu=self.gelu, residual=s)
+
+    def weak(self) -> WeakLayers:
+        return WeakLayers(weakref.ref(self.fc1), weakref.ref(self.fc2), self.gelu)
+
+    def by_torch(self, z: Tensor) -> Tensor:
+        """Return MLP(z) from the functions that the modules call, so that autograd records the same operations."""
+        hidden = F.gelu(F.linear(z, *weight_and_bias(self.fc1)), approximate=self.gelu)
+        return F.linear(hidden, *weight_and_bias(self.fc2))
 
 
-@dataclass(frozen=True)
+class WeakLayers(NamedTuple):
+    """Layers that other code keeps alive."""
+
+    fc1: Callable[[], Any]
+    fc2: Callable[[], Any]
+    gelu: str
+
+    def strong(self) -> Layers:
+        return Layers(self.fc1(), self.fc2(), self.gelu)
+
+
+@dataclass(frozen=True, eq=False)
 class Mlp:
     """Describes the MLP of a block: a Linear layer, GELU and a Linear layer, with dropouts between and after them."""
 
@@ -152,14 +173,14 @@ class Mlp:
     def branch(self, block: Any, z: Tensor) -> Tensor:
         """Return MLP(z)."""
         y = self.fused(block, z)
-        return self._call(block, z) if y is None else y
+        return self._unfused(block, z) if y is None else y
 
     def added(self, block: Any, s: Tensor, z: Tensor) -> Tensor:
         """Return s + drop(MLP(z))."""
         y = self.fused(block, z, s)
         if y is not None:
             return y
-        y = self._call(block, z)
+        y = self._unfused(block, z)
         return s + (y if self.drop is None else child(block, self.drop)(y))
 
     def fused(self, block: Any, z: Tensor, s: Tensor | None = None) -> Tensor | None:
@@ -172,23 +193,39 @@ class Mlp:
         if s is not None:
             if s.dtype != z.dtype:
                 return None
-            if self.drop is not None and not drops_nothing(self.drop, child(block, self.drop), self.drop_kind):
+            if not settled(block, self._drops_nothing):
                 return None
         layers = self.layers(block, z)
         return None if layers is None else layers(z, s)
 
-    def _call(self, block: Any, z: Tensor) -> Tensor:
+    def _drops_nothing(self, block: Any) -> bool:
+        return self.drop is None or drops_nothing(self.drop, child(block, self.drop), self.drop_kind)
+
+    def _unfused(self, block: Any, z: Tensor) -> Tensor:
+        """Return MLP(z) from torch's functions if that needs no new checks, else from the modules."""
+        if keeps_results(block):
+            layers = self._settled_layers(block)
+            if layers is not None:
+                return layers.by_torch(z)
         for name, *_ in self.parts:
             z = child(block, name)(z)
         return z
 
     def layers(self, block: Any, z: Tensor) -> Layers | None:
         """Return the MLP's layers, or None if its modules have to be called."""
-        found = self.layers_or_reason(block)
-        if isinstance(found, str):
+        found = self._settled_layers(block)
+        if found is None or in_another_dtype(z, *weight_and_bias(found.fc1), *weight_and_bias(found.fc2)):
             return None
-        fc1, fc2, _ = found
-        return None if in_another_dtype(z, fc1.weight, fc1.bias, fc2.weight, fc2.bias) else found
+        return found
+
+    def _settled_layers(self, block: Any) -> Layers | None:
+        found = settled(block, self.weak_layers_or_reason)
+        return None if isinstance(found, str) else found.strong()
+
+    def weak_layers_or_reason(self, block: Any) -> WeakLayers | str:
+        """Return the result of :meth:`layers_or_reason` in a form that :func:`settled` may keep."""
+        found = self.layers_or_reason(block)
+        return found if isinstance(found, str) else found.weak()
 
     def layers_or_reason(self, block: Any, training: bool | None = None) -> Layers | str:
         """Return the MLP's layers, or the reason, other than the input's dtype, why its modules have to be called.

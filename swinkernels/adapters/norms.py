@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from swinkernels.adapters.bypass import (
     replaced_forward,
     replaced_method,
     watch,
+    weight_and_bias,
     why_not_absorbed,
     why_not_linear,
     why_not_norm,
 )
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.part import Part, norm_part
 from swinkernels.ops import layer_norm, patch_merging, residual_layer_norm, residual_post_norm
 from swinkernels.ops._backends import backend_beside, patch_merging_reasons, residual_reasons
@@ -42,10 +44,14 @@ def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
     Under autocast, the result has the dtype of the Linear layer's input.
     """
     norm, dtype = child(block, name), autocast_dtype(x)
-    if dtype is None or why_not_norm(name, norm, width) is not None:
+    if dtype is None or settled(block, _why_not_norm_of, name, width) is not None:
         return norm(x)
     backend = backend_beside("layer_norm", block._swinkernels_backend)
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, backend=backend)
+
+
+def _why_not_norm_of(block: Any, name: str, width: int) -> str | None:
+    return why_not_norm(name, child(block, name), width)
 
 
 def in_another_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -53,8 +59,12 @@ def in_another_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
 
     The library's own code handles such calls.
     """
-    dtype = None if autocast_dtype(x) is not None else x.dtype
-    return any(p is not None and (p.device != x.device or (dtype or p.dtype) != p.dtype) for p in parameters)
+    return are_elsewhere(parameters, x.device, None if autocast_dtype(x) is not None else x.dtype)
+
+
+def are_elsewhere(parameters: Iterable[Tensor | None], device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Return True if a parameter is not on ``device`` or, unless ``dtype`` is None, does not have this dtype."""
+    return any(p is not None and (p.device != device or (dtype or p.dtype) != p.dtype) for p in parameters)
 
 
 def norm_row(norm: str) -> Callable[[Any], int]:
@@ -90,7 +100,7 @@ def floored_drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Te
     return torch.floor(torch.rand(y.shape[0], dtype=dtype, device=y.device) + keep).div_(keep)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Residual:
     """Describes a block's residual connection and the norm next to it, which one op computes together."""
 
@@ -126,7 +136,7 @@ class Residual:
         ):
             return None
         norm = child(block, self.norm)
-        if self.why_not(block) is not None or in_another_dtype(x, norm.weight, norm.bias):
+        if settled(block, self.why_not) is not None or in_another_dtype(x, *weight_and_bias(norm)):
             return None
         return residual_layer_norm(x, y, **self._arguments(block, y, y.dtype))
 
@@ -134,19 +144,19 @@ class Residual:
         """Return x + drop_path(norm(y)), or None if the library's own code has to run."""
         dtype = norm_dtype(y, y.dtype)
         # The op returns the sum in the dtype of x.
-        if torch.promote_types(x.dtype, dtype) != x.dtype or self.why_not(block) is not None:
+        if torch.promote_types(x.dtype, dtype) != x.dtype or settled(block, self.why_not) is not None:
             return None
-        norm = child(block, self.norm)
-        if in_another_dtype(y, norm.weight, norm.bias):
+        if in_another_dtype(y, *weight_and_bias(child(block, self.norm))):
             return None
         return residual_post_norm(x, y, **self._arguments(block, y, dtype))
 
     def _arguments(self, block: Any, y: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """Return the op's arguments after the residual stream and the branch, with drop path factors of ``dtype``."""
         norm = child(block, self.norm)
+        weight, bias = weight_and_bias(norm)
         return {
-            "weight": norm.weight,
-            "bias": norm.bias,
+            "weight": weight,
+            "bias": bias,
             "eps": norm.eps,
             "drop_path_scale": None if self.drop_path is None else self.scale(child(block, self.drop_path), y, dtype),
             "backend": backend_beside("residual_layer_norm", block._swinkernels_backend),
@@ -196,7 +206,7 @@ def residuals_adapter(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Merging:
     """Describes patch merging with the modules ``norm`` and ``reduction``, which one op replaces."""
 
@@ -222,7 +232,7 @@ class Merging:
 
     def run(self, merging: Any, x: Tensor) -> Tensor | None:
         """Return the merged map, or None if the library's own code has to run."""
-        if self.why_not(merging) is not None:
+        if settled(merging, self.why_not) is not None:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight
         is_plain = type(weight) in (Tensor, nn.Parameter, FakeTensor)  # the op may reorder the weight's columns

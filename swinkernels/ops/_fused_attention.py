@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from swinkernels.ops._arguments import frame_size
-from swinkernels.ops._fused_linear import Layer, Norm, run_on_kernels
-from swinkernels.ops._library import define, is_plain, register
+from swinkernels.ops._fused_linear import Layer, Norm
+from swinkernels.ops._library import define, register
 from swinkernels.window_spec import WindowSpec
 
 # Without k_weight and v_weight, q_weight has the rows of all three. The tables are float32 except region_map (int32).
@@ -60,20 +60,16 @@ def attention_half(
     num_heads: int,
     residual: bool,
 ) -> Tensor | None:
-    """Run the op, or return None if it cannot run here or if separate ops are faster.
+    """Run the op, or return None if separate ops are faster.
 
     ``tables`` are bias_table, bias, logit_scale and region_map; the other arguments are those of the public function,
-    which has checked them. :func:`takes` must have returned True.
+    which has checked them. :func:`takes` and run_on_kernels must have returned True.
     """
-    if not is_plain((x,)):  # first, because a compiler cannot trace the number of threads
-        return None
     windows = x.shape[0] * math.prod(frame_size(x.shape[1:-1], spec.window_size)) // spec.volume
     if windows < _WINDOWS_PER_THREAD * torch.get_num_threads():
         return None
-    *floats, region_map = tables
-    if region_map is not None and (region_map.dtype != torch.int32 or region_map.device != x.device):
-        return None
-    if not run_on_kernels(x, (*qkv, proj[0]), (qkv_bias, proj[1], norm.weight, norm.bias, *floats)):
+    *_, region_map = tables
+    if region_map is not None and region_map.dtype != torch.int32:
         return None
     with torch._C._AutoDispatchBelowAutograd():
         return _OP.overload(

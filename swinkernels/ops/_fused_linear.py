@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import itertools
 import platform
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,15 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from swinkernels import _extension
-from swinkernels.ops._library import any_requires_grad, autocast_dtype, define, is_plain, linear_dtype, register
+from swinkernels.ops._library import (
+    PLAIN_TYPES,
+    any_requires_grad,
+    autocast_dtype,
+    define,
+    is_plain,
+    linear_dtype,
+    register,
+)
 
 # norm is "", "pre" (of x) or, in fused_mlp, "post" (of the result, before the residual is added).
 define(
@@ -125,20 +133,24 @@ def linear(
     gelu: str | None = None,
     residual: Tensor | None = None,
     norm: Norm | None = None,
+    on_kernels: bool = False,
 ) -> Tensor:
     """Return Linear(x), GELU(Linear(x)) with ``gelu`` as its approximation, or residual + Linear(x).
 
     With a ``norm``, norm(x) takes the place of x. ``x``, ``weight`` and ``bias`` have the same dtype; the sum has the
-    residual's dtype. If no fused function applies, torch's separate functions run.
+    residual's dtype. If no fused function applies, torch's separate functions run. ``on_kernels`` is True if the caller
+    has found that the extension's kernels run: the residual then has the result's shape.
     """
+    if on_kernels:
+        norm_weight, norm_bias, eps, place = norm or _NO_NORM
+        return _run(_LINEAR_OP, x, weight, bias, residual, norm_weight, norm_bias, gelu or "", place, eps)
     if x.device.type == "cpu" and _is_fused(x, (weight, bias)):
         added = residual if residual is not None and _can_be_added(residual, x, weight) else None
         has_kernels = _has_kernels_for(x, weight)
-        if norm is not None and not (has_kernels and _joins(norm, x)):
+        if norm is not None and not (has_kernels and _are_like(x, norm.weight, norm.bias)):
             x, norm = layer_norm(x, *norm[:3]), None
         if has_kernels:
-            norm_weight, norm_bias, eps, place = norm or _NO_NORM
-            y = _LINEAR_OP(x, weight, bias, added, norm_weight, norm_bias, gelu or "", place, eps)
+            y = linear(x, weight, bias, gelu=gelu, residual=added, norm=norm, on_kernels=True)
         elif added is not None:
             y = torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
         else:
@@ -167,18 +179,23 @@ def mlp(
     gelu: str,
     residual: Tensor | None = None,
     norm: Norm | None = None,
+    on_kernels: bool = False,
 ) -> Tensor:
     """Return fc2(GELU(fc1(x))), plus ``residual`` if given, with a ``norm`` of x or of fc2's result.
 
-    A large GELU result is never whole in memory: its rows are computed and used piece by piece.
+    A large GELU result is never whole in memory: its rows are computed and used piece by piece. ``on_kernels`` is as in
+    :func:`linear`.
     """
     width, rows = fc1[0].shape[0], x.numel() // max(x.shape[-1], 1)
-    if _is_one_op(x, fc1, fc2, residual, norm) and rows >= _ROWS_PER_THREAD * torch.get_num_threads():
+    if _is_one_op(x, rows, fc1, fc2, residual, norm, on_kernels):
         norm_weight, norm_bias, eps, place = norm or _NO_NORM
-        return _MLP_OP(x, *fc1, *fc2, residual, norm_weight, norm_bias, gelu, place, eps)
+        return _run(_MLP_OP, x, *fc1, *fc2, residual, norm_weight, norm_bias, gelu, place, eps)
     if norm is not None and norm.place == "post":
-        y = layer_norm(mlp(x, fc1, fc2, gelu=gelu), *norm[:3])
+        y = layer_norm(mlp(x, fc1, fc2, gelu=gelu, on_kernels=on_kernels), *norm[:3])
         return y if residual is None else (residual + y).to(residual.dtype)
+    if on_kernels:
+        hidden = linear(x, *fc1, gelu=gelu, norm=norm, on_kernels=True)
+        return linear(hidden, *fc2, residual=residual, on_kernels=True)
     is_broadcast = residual is not None and residual.shape != (*x.shape[:-1], fc2[0].shape[0])
     if rows * width * x.element_size() <= _LARGE or is_broadcast or x.device.type != "cpu" or not _is_fused(x, fc1):
         return linear(linear(x, *fc1, gelu=gelu, norm=norm), *fc2, residual=residual)
@@ -191,6 +208,12 @@ def mlp(
         added = None if of_residual is None else of_residual[piece]
         y[piece] = linear(linear(of_x[piece], *fc1, gelu=gelu, norm=norm), *fc2, residual=added)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _run(op: Any, *arguments: Any) -> Tensor:
+    """Run an op on tensors that are known to be plain and to need no gradient."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.overload(*arguments)
 
 
 # fused_mlp divides its rows into blocks of at most 128 rows, and reads all weights for each. A single Linear layer's
@@ -258,7 +281,7 @@ def _is_fused(x: Tensor, *layers: Layer) -> bool:
     return (
         is_plain((x,))  # before the sizes, on which a compiler would put guards
         and layers[0][0].dim() == 2
-        and _is_large(x, layers[0][0])  # usually False in small models
+        and is_large(x, layers[0][0])  # usually False in small models
         and _are_readable(x, (x, *(t for layer in layers for t in layer)))
         and all(_is_layer(weight, bias, x.dtype) for weight, bias in layers)
         and all(one.shape[0] == other.shape[1] for (one, _), (other, _) in itertools.pairwise(layers))
@@ -266,15 +289,24 @@ def _is_fused(x: Tensor, *layers: Layer) -> bool:
     )
 
 
-def run_on_kernels(x: Tensor, weights: tuple[Tensor, ...], others: tuple[Tensor | None, ...]) -> bool:
-    """Return True if the extension's float32 kernels may run here on x, on ``weights`` and on ``others``."""
+def fit_kernels(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Return True if the kernels compute Linear layers of the input x, one of ``tensors``.
+
+    The result depends only on the metadata of ``tensors``, which are on one device. See :func:`run_on_kernels`.
+    """
+    is_float32 = x.device.type == "cpu" and x.dtype == torch.float32 and autocast_dtype(x) is None
+    return is_float32 and all(t is None or (t.dtype == x.dtype and t.layout is torch.strided) for t in tensors)
+
+
+def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
+    """Return True if the kernels may run now on ``tensors``, for which :func:`fit_kernels` returned True."""
     return (
-        x.device.type == "cpu"
-        and is_plain((x,))  # first, because a compiler cannot trace the others
+        is_plain(tensors)  # first, because a compiler cannot trace the others
         and _has_kernels()
-        and _are_readable(x, (x, *weights, *others))
+        and not any_requires_grad(tensors)
+        and _is_available(x.dtype)
+        and not torch.jit.is_tracing()
         and _has_kernels_for(x, *weights)
-        and all(t is None or t.dtype == x.dtype for t in (*weights, *others))
     )
 
 
@@ -284,32 +316,33 @@ def _is_layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     return weight.dim() == 2 and weight.dtype == dtype and is_bias
 
 
-def _joins(norm: Norm, x: Tensor) -> bool:
-    """Return True if kernels that run on x can compute the norm, too."""
-    parameters = norm.weight, norm.bias
-    return _are_readable(x, (x, *parameters)) and all(t is None or t.dtype == x.dtype for t in parameters)
+def _are_like(x: Tensor, *tensors: Tensor | None) -> bool:
+    """Return True if a kernel that may read x may also read ``tensors``, whatever their shapes."""
+    return not any_requires_grad(tensors) and all(
+        t is None or (type(t) in PLAIN_TYPES and t.dtype == x.dtype and (t.layout, t.device) in _PLACE) for t in tensors
+    )
 
 
-def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None, norm: Norm | None) -> bool:
-    return (
-        x.device.type == "cpu"
-        and is_plain((x,))  # first, because a compiler cannot trace the others
-        and _has_kernels()
-        and _is_fused(x, fc1, fc2)
+def _is_one_op(
+    x: Tensor, rows: int, fc1: Layer, fc2: Layer, residual: Tensor | None, norm: Norm | None, on_kernels: bool
+) -> bool:
+    if not on_kernels and not (x.device.type == "cpu" and is_plain((x,)) and _has_kernels()):
+        return False  # first, because a compiler cannot trace the others
+    if rows < _ROWS_PER_THREAD * torch.get_num_threads() or x.shape[-1] + fc2[0].shape[0] > _MOST_CHANNELS:
+        return False
+    return on_kernels or (
+        _is_fused(x, fc1, fc2)
         and _has_kernels_for(x, fc1[0], fc2[0])
-        and x.shape[-1] + fc2[0].shape[0] <= _MOST_CHANNELS
         and (residual is None or _can_be_added(residual, x, fc2[0]))
-        and (norm is None or _joins(norm, x))
+        and (norm is None or _are_like(x, norm.weight, norm.bias))
     )
 
 
 def _can_be_added(residual: Tensor, x: Tensor, weight: Tensor) -> bool:
-    shape = (*x.shape[:-1], weight.shape[0])
-    same = residual.dtype == x.dtype and residual.shape == shape and (residual.layout, residual.device) in _PLACE
-    return same and is_plain((residual,)) and not any_requires_grad((residual,))
+    return residual.shape == (*x.shape[:-1], weight.shape[0]) and _are_like(x, residual)
 
 
-def _is_large(x: Tensor, weight: Tensor) -> bool:
+def is_large(x: Tensor, weight: Tensor) -> bool:
     """Return True if fusing saves more than oneDNN's overhead (in float32 20 us per call, against 2 us of F.linear)."""
     products = x.numel() * weight.shape[0]
     if x.dtype == torch.float32:

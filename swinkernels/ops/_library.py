@@ -9,6 +9,7 @@ from __future__ import annotations
 import marshal
 import threading
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,8 @@ _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return autocast's dtype for matrix products of ``x``, or None if autocast is off or ``x`` is float64."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = x.device.type
     if x.dtype == torch.float64 or kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return None
@@ -79,7 +82,7 @@ def is_untraced(tensors: Sequence[Any]) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
-        and _PLAIN.issuperset(map(type, tensors))
+        and PLAIN_TYPES.issuperset(map(type, tensors))
         and (
             torch._C._len_torch_dispatch_stack() == 0
             or all(torch._C._get_dispatch_mode(kind) is None for kind in _TRACES)
@@ -94,12 +97,13 @@ def is_plain(tensors: Sequence[Any]) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
-        and _PLAIN.issuperset(map(type, tensors))
+        and PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
 
 _TRACES = tuple(getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL"))
-_PLAIN = frozenset((Tensor, Parameter, type(None)))
+_METADATA = attrgetter("shape", "dtype", "device", "layout")
+PLAIN_TYPES = frozenset((Tensor, Parameter, type(None)))
 
 
 Value = TypeVar("Value")
@@ -154,7 +158,7 @@ def call_key(tensors: Sequence[Tensor | None], options: tuple[Any, ...], dtype: 
         values = marshal.dumps(options, 2)  # takes 0.3 us; later formats depend on reference counts
     except ValueError:
         return None
-    return values, dtype, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
+    return values, dtype, *map(type, tensors), *map(_METADATA, [x for x in tensors if x is not None])
 
 
 def looked_up(

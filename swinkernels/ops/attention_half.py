@@ -14,9 +14,9 @@ from swinkernels import reference
 from swinkernels.ops import _arguments, _fused_attention
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import backend_beside, choose, norm_reasons
-from swinkernels.ops._fused_linear import Norm, linear
+from swinkernels.ops._fused_linear import Norm, fit_kernels, is_large, linear, run_on_kernels
 from swinkernels.ops._halves import cast, check_half, finish, norm_parameters, scaled
-from swinkernels.ops._library import Found, any_requires_grad, autocast_dtype, linear_dtype, looked_up
+from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
 from swinkernels.ops._recomputed import norm_linear, packed
 from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
 from swinkernels.window_spec import WindowSpec
@@ -98,7 +98,7 @@ def attention_half(
     generator = attention.pop("generator", None)
     weights: tuple[Tensor, ...] = qkv_weight if isinstance(qkv_weight, tuple) else (qkv_weight,)
 
-    def check() -> tuple[float, str, WindowSpec | None]:
+    def check() -> tuple[float, str, WindowSpec | None, bool]:
         op = "attention_half"
         _arguments.check_features(op, "x", x)
         number = check_half(
@@ -138,36 +138,43 @@ def attention_half(
             return norm_reasons(b, "layer_norm", channels, dtypes, x.device)
 
         chosen = choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
-        return number, chosen, spec if backend in ("auto", "cpu") and _fused_attention.takes(spec, channels) else None
+        fit = backend in ("auto", "cpu") and chosen == "torch" and fit_kernels(x, floats)
+        return number, chosen, spec if _fused_attention.takes(spec, channels) else None, fit
 
     get = attention.get
-    tensors: tuple[Any, ...] = (
+    floats = (
         x, norm_weight, norm_bias, *weights, qkv_bias, proj_weight, proj_bias, bias_table, drop_path_scale,
-        layer_scale, get("bias"), get("logit_scale"), get("region_map"),
+        layer_scale, get("bias"), get("logit_scale"),
     )  # fmt: skip
+    tensors: tuple[Any, ...] = (*floats, get("region_map"))
     axis_tables = get("axis_tables")
     if isinstance(axis_tables, (tuple, list)):
         tensors += tuple(axis_tables)
     dtype = linear_dtype(x)
     rest = tuple(item for item in attention.items() if item[0] not in _TABLES)
     options = (num_heads, window_size, eps, norm, residual, backend, len(weights), type(axis_tables).__name__, rest)
-    eps, norm_backend, spec = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
+    eps, norm_backend, spec, fit = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
     if backend == "reference":
         return reference.attention_half(
             x, norm_weight, norm_bias, packed(weights), qkv_bias, proj_weight, proj_bias, bias_table,
             num_heads=num_heads, window_size=window_size, eps=eps, norm=norm, residual=residual,
             drop_path_scale=drop_path_scale, layer_scale=layer_scale, generator=generator, **attention,
         )  # fmt: skip
-    if spec is not None and drop_path_scale is None and not any_requires_grad(tensors):
+    on_kernels = fit and run_on_kernels(x, (*weights, proj_weight), tensors)
+    last = scaled(proj_weight, proj_bias, layer_scale, norm)
+    if on_kernels and spec is not None and drop_path_scale is None:
         tables = bias_table, get("bias"), get("logit_scale"), get("region_map")
-        last = scaled(proj_weight, proj_bias, layer_scale, norm)
         of_norm = Norm(*norm_parameters(norm_weight, norm_bias, layer_scale, norm), eps, norm)
         y = _fused_attention.attention_half(x, weights, qkv_bias, last, of_norm, tables, spec, num_heads, residual)
         if y is not None:
             return y
     first, bias = cast(weights[0], qkv_bias, dtype)
     weights = first, *(weight.to(dtype) for weight in weights[1:])
-    if norm == "pre":
+    on_kernels = on_kernels and is_large(x, proj_weight)
+    if on_kernels:
+        before = Norm(norm_weight, norm_bias, eps) if norm == "pre" else None
+        qkv = linear(x, packed(weights), bias, norm=before, on_kernels=True)
+    elif norm == "pre":
         _, qkv = norm_linear(x, norm_weight, norm_bias, weights, bias, eps=eps, backend=norm_backend)
     else:
         qkv = linear(x.to(dtype), packed(weights), bias)
@@ -175,8 +182,12 @@ def attention_half(
         qkv, bias_table, num_heads=num_heads, window_size=window_size, pad_qkv=qkv_bias, generator=generator,
         backend=backend, **attention,
     )  # fmt: skip
-    weight, bias = cast(*scaled(proj_weight, proj_bias, layer_scale, norm), dtype)
+    weight, bias = cast(*last, dtype)
+
+    def project(added: Tensor | None) -> Tensor:
+        return linear(out, weight, bias, residual=added, on_kernels=on_kernels)
+
     return finish(
-        x, lambda added: linear(out, weight, bias, residual=added), norm_weight, norm_bias, layer_scale,
-        drop_path_scale, eps=eps, norm=norm, residual=residual, backend=backend_beside("residual_layer_norm", backend),
+        x, project, norm_weight, norm_bias, layer_scale, drop_path_scale, eps=eps, norm=norm, residual=residual,
+        backend=backend_beside("residual_layer_norm", backend),
     )  # fmt: skip

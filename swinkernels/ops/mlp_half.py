@@ -12,7 +12,7 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, mlp_half_reasons, norm_reasons, residual_reasons
-from swinkernels.ops._fused_linear import linear, mlp
+from swinkernels.ops._fused_linear import Norm, fit_kernels, is_large, linear, mlp, run_on_kernels
 from swinkernels.ops._fused_mlp import fused_mlp, lacks
 from swinkernels.ops._halves import cast, check_half, finish, norm_parameters, scaled
 from swinkernels.ops._library import Found, any_requires_grad, autocast_dtype, linear_dtype, looked_up
@@ -86,7 +86,7 @@ def mlp_half(
     line of ``forward`` in the blocks of timm, torchvision and MONAI.
     """
 
-    def check() -> tuple[float, str]:
+    def check() -> tuple[float, str, bool]:
         op = "mlp_half"
         _arguments.check_rows(op, "x", x, batched=True)
         number = check_half(
@@ -120,7 +120,8 @@ def mlp_half(
             dtypes = (x.dtype, between) if norm == "pre" else (between, x.dtype)
             return norm_reasons(b, "layer_norm", channels, dtypes, x.device)
 
-        return number, choose(op, backend, x.device, reasons)
+        found = choose(op, backend, x.device, reasons)
+        return number, found, found == "torch" and fit_kernels(x, tensors)
 
     dtype = linear_dtype(x)
     # The kernel that adds the branch and normalises the sum requires a branch of this dtype and computes no gradient
@@ -133,7 +134,7 @@ def mlp_half(
     )  # fmt: skip
     lacking = lacks(tensors, norm, residual, drop_path_scale, layer_scale, branch_scale) if backend == "triton" else ()
     options = (eps, norm, approximate, residual, backend, learns_scale, lacking)
-    eps, chosen = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
+    eps, chosen, fit = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
     if chosen == "reference":
         return reference.mlp_half(
             x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps=eps, norm=norm,
@@ -159,20 +160,22 @@ def mlp_half(
             return y if added is None else fallback.add(added, y, None)
 
     else:
+        on_kernels = fit and run_on_kernels(x, (fc1_weight, fc2_weight), tensors) and is_large(x, fc1_weight)
         parameters = norm_parameters(norm_weight, norm_bias, layer_scale, norm)
-        joined = joinable_norm(x, *parameters, eps, chosen, dtype) if branch is None else None
+        joined = None
+        if branch is None:
+            joined = Norm(*parameters, eps) if on_kernels else joinable_norm(x, *parameters, eps, chosen, dtype)
         z = x
         if joined is not None and norm == "post" and drop_path_scale is None:
-            return mlp(
-                x, fc1, fc2, gelu=approximate, residual=x if residual else None, norm=joined._replace(place=norm)
-            )
+            joined, added = joined._replace(place=norm), x if residual else None
+            return mlp(x, fc1, fc2, gelu=approximate, residual=added, norm=joined, on_kernels=on_kernels)
         if norm == "post":
             joined, z = None, x.to(dtype)
         elif joined is None:
             x, z = norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, dtype, eps, chosen)
 
         def last(added: Tensor | None) -> Tensor:
-            return mlp(z, fc1, fc2, gelu=approximate, residual=added, norm=joined)
+            return mlp(z, fc1, fc2, gelu=approximate, residual=added, norm=joined, on_kernels=on_kernels)
 
     return finish(
         x, last, norm_weight, norm_bias, layer_scale, drop_path_scale, eps=eps, norm=norm, residual=residual,

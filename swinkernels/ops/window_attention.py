@@ -29,6 +29,7 @@ from swinkernels.ops._library import (
     constant_when_compiled,
     define,
     is_plain,
+    is_untraced,
     parameter_gradients,
     register,
     register_derivative,
@@ -278,7 +279,9 @@ def _make_plan(
     wide = [t for t in wide if t is not None]
     # Under a compiler pad_qkv is always passed: a test for pad tokens would put a guard on the map's size.
     reads_pads = (
-        not plain or spec.key_window != spec.window_size or _arguments.frame_size(size, spec.window_size) != tuple(size)
+        not is_untraced(maps)
+        or spec.key_window != spec.window_size
+        or _arguments.frame_size(size, spec.window_size) != tuple(size)
     )
     any_shape = backend in ("cpu", "cuda")  # their bindings read a table of any shape with the right number of elements
     switches = [(tf32, lse) for lse in (False, True) for tf32 in (False, True)] if plain else []

@@ -667,18 +667,25 @@ def run(mutation: Mutation, *, accelerates: bool) -> Outcome:
         try:
             if accelerates and not mutation.is_before:
                 swinkernels.accelerate(model, backend=mutation.backend)
+            if not mutation.is_before:  # an accelerated model keeps results of its checks, which must notice the edits
+                _warm_up(model.train(mutation.trains), x)
             for name, path, of in mutation.edits:
                 EDITS[name][1](Site(model, path, rng, undo, log), of)
             if accelerates and (mutation.is_before or mutation.is_repeated):
                 swinkernels.accelerate(model, backend=mutation.backend)
             model = AFTERWARDS[mutation.afterwards](model)
-            if mutation.trains:
-                model.train()
+            model.train(mutation.trains)
             log.clear()  # removes entries of `accelerate`'s trials
             _run(model, x, log, outcome.values)
         except Exception as error:  # an edit may break the model in any way
             outcome.error = error
     return outcome
+
+
+def _warm_up(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad(), always_fused():
+        model(x)
+    model(x)
 
 
 def _run(model: nn.Module, x: Tensor, log: list[Tensor], values: dict[str, Any]) -> None:

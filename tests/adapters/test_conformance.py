@@ -327,12 +327,16 @@ def check_a_dynamic_batch(library: str, dynamic: bool | None = None) -> None:
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(on_ops(library, ONE_SHIFTED), fullgraph=True, dynamic=dynamic, backend=graphs)
     plain = original(library, depths=ONE_SHIFTED)
+    counts = []
     with torch.no_grad():
         for batch in (2, 3, 5):
             x = images(library, batch)
             torch._dynamo.mark_dynamic(x, 0)
             torch.testing.assert_close(compiled(x), plain(x), rtol=1e-4, atol=1e-4)
-    assert graphs.frame_count == 1
+            counts.append(graphs.frame_count)
+    # With dynamic=True torch 2.14 compiles any model that reads a float, such as a norm's eps, twice: first with a
+    # symbolic float, then with the constant. It remembers the names of such floats until the process ends.
+    assert counts in ([1, 1, 1], [2, 2, 2] if dynamic else None)
 
 
 @pytest.mark.parametrize("library", long_but(LIBRARIES, "timm-v2-cr", "transformers", "mmpretrain", "mmpretrain-v2"))

@@ -128,6 +128,36 @@ FAULTS = {
         "same = x.numel() == expected.numel()",
         "tests/adapters/test_timm_swin.py::test_another_position_index_is_left_alone",
     ),
+    "adapters-kept-checks-ignore-hooks": Fault(
+        _ADAPTERS + "checks.py",
+        "or any(_flat(map(_hooks_of, states[1:]))):",
+        "or False:",
+        "tests/adapters/test_checks.py::test_a_change_discards_the_results[hook]",
+    ),
+    "adapters-kept-checks-take-a-tensor-for-a-number": Fault(
+        _ADAPTERS + "checks.py",
+        "if not all(map(is_, values, self._values)):",
+        "if values != self._values:",
+        "tests/adapters/test_checks.py::test_a_change_discards_the_results[equal tensor for a number]",
+    ),
+    "adapters-kept-checks-outlive-exchanged-modules": Fault(
+        _ADAPTERS + "checks.py",
+        "if not all(map(is_, _flat(map(dict.values, held)), [modules[i] for i in self._positions])):",
+        "if False:",
+        "tests/adapters/test_checks.py::test_a_change_discards_the_results[modules exchanged]",
+    ),
+    "adapters-kept-checks-belong-to-every-replica": Fault(
+        _ADAPTERS + "checks.py",
+        "if self._owner() is not module:",
+        "if self._owner() is None:",
+        "tests/adapters/test_checks.py::test_copies_and_pickles_do_not_share_results",
+    ),
+    "adapters-kept-layers-stay-alive": Fault(
+        _ADAPTERS + "linear_layers.py",
+        "return WeakLayers(weakref.ref(self.fc1), weakref.ref(self.fc2), self.gelu)",
+        "return WeakLayers(lambda: self.fc1, lambda: self.fc2, self.gelu)",
+        "tests/adapters/test_checks.py::test_results_keep_no_tensor_or_module_alive[False]",
+    ),
     "adapters-verify-allows-anything": Fault(
         _ADAPTERS + "verify.py",
         "if not e <= limit:",

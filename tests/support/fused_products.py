@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from importlib import import_module
 from unittest import mock
 
 import torch
@@ -13,6 +14,9 @@ from swinkernels.adapters import halves, linear_layers
 from swinkernels.adapters.copies import block
 from swinkernels.ops import _fused_linear
 from swinkernels.ops._library import is_plain
+
+# Not attributes of swinkernels.ops, which has functions of the same names.
+_ATTENTION_HALF, _MLP_HALF = (import_module(f"swinkernels.ops.{name}") for name in ("attention_half", "mlp_half"))
 
 
 def _fuses(x: Tensor) -> bool:
@@ -42,6 +46,12 @@ def always_fused() -> Iterator[None]:
         mock.patch.object(linear_layers, "fuses", _fuses),
         mock.patch.object(halves, "joins", _fuses),
         mock.patch.object(block, "joins", _fuses),
-        mock.patch.object(_fused_linear, "_is_large", lambda x, weight: x.numel() > 0),
+        mock.patch.object(_fused_linear, "is_large", _is_not_empty),
+        mock.patch.object(_ATTENTION_HALF, "is_large", _is_not_empty),
+        mock.patch.object(_MLP_HALF, "is_large", _is_not_empty),
     ):
         yield
+
+
+def _is_not_empty(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() > 0

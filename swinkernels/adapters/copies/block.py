@@ -21,7 +21,7 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -381,22 +381,27 @@ def _branch(
     form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float, residual: bool
 ) -> Tensor | None:
     """Return a block's attention branch, computed by attention_half, plus x if ``residual``."""
-    attn = child(block, "attn")
-    y = attention_branch(
-        x.reshape(x.shape[0], *size, x.shape[-1]), child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj"),
-        block._swinkernels_backend, _attention_arguments(form, block, size, mask_value), residual, form.norm,
-    )  # fmt: skip
+    given, of_map = _attention_arguments(form, block, size, mask_value), x.reshape(x.shape[0], *size, x.shape[-1])
+    y = attention_branch(block, of_map, _attention_layers, block._swinkernels_backend, given, residual, form.norm)
     return None if y is None else y.reshape(x.shape)
+
+
+def _attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
+    attn = child(block, "attn")
+    return child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj")
+
+
+def _why_not_half(block: Any) -> str | None:
+    """Return the reason why attention_half cannot replace a v2 block's attention and norm1, or None."""
+    return _why_not_attention(block) or why_layers_are_called(child(block, "attn"), None)
 
 
 def _added_attention(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor | None:
     """Return the residual stream of a v2 block after attention, or None if that is not one op."""
     residual = Residual("norm1", _name_of_drop_path(block, 1), _known_drop_path(), "timm's DropPath", width=_channels)
     return add_normed_attention(
-        block, x, residual,
-        lambda: _why_not_attention(block) or why_layers_are_called(child(block, "attn"), None),
-        lambda: _branch(form, block, x, size, mask_value, True),
-    )  # fmt: skip
+        block, x, residual, _why_not_half, lambda: _branch(form, block, x, size, mask_value, True)
+    )
 
 
 def _run_halves(

@@ -61,6 +61,7 @@ class DynamicSubclass(Accelerated):
 
     _swinkernels_form: Any
     _swinkernels_original: Any
+    _swinkernels_keeps_results = False  # unknown code may read anything, so its state is compared with snapshots
     # The parameters of forward that follow the ones used by the form.
     _swinkernels_others: tuple[inspect.Parameter, ...] = ()
     # Path of this module or of an inner module that the op replaces -> its snapshot, taken when the class was swapped.

@@ -44,6 +44,7 @@ from swinkernels.adapters.bypass import (
     why_not_norm,
     why_not_window_attention,
 )
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.linear_layers import drops_nothing, why_not_left_out
 from swinkernels.adapters.masks import is_window_index
@@ -165,7 +166,7 @@ class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
         if (
             self._swinkernels_own_code(query)
             or not _map_fits(self, query, *hw_shape)
-            or _why_not_attention(self) is not None
+            or settled(self, _why_not_attention) is not None
         ):
             return super().forward(query, hw_shape)
         height, width = hw_shape
@@ -196,17 +197,18 @@ _RESIDUAL = Residual("norm2", casts_its_input=_casts_its_input, width=norm_row("
 _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1", "norm2"))
 
 
-def _why_not_op(attn: Any) -> str | None:
-    """Return the reason why ops cannot replace a call of ``attn``, the attention of a block, or None."""
+def _why_not_op(block: Any) -> str | None:
+    """Return the reason why ops cannot replace the call of a block's attention, or None."""
+    attn = child(block, "attn")
     return why_not_accelerated("attn", attn, AcceleratedShiftWindowMSA) or _why_not_attention(attn)
 
 
-def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
+def _norm1(block: Any, x: Tensor, hw_shape: Any) -> Tensor:
     """Return norm1(x) of a v1 block.
 
     Under autocast, the result has QKV's input dtype if only accelerated attention reads it.
     """
-    if autocast_dtype(x) is None or _why_not_op(attn) is not None or not _map_fits(attn, x, *hw_shape):
+    if autocast_dtype(x) is None or settled(block, _why_not_op) or not _map_fits(child(block, "attn"), x, *hw_shape):
         return child(block, "norm1")(x)
     return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
 
@@ -245,12 +247,13 @@ def _ffn(block: Any, z: Tensor, s: Tensor | None = None) -> Tensor:
 
 def _why_not_halves(block: Any, training: bool | None) -> str | None:
     """Return the reason why attention_half and mlp_half cannot replace a v1 block's code, or None."""
-    attn, norm = child(block, "attn"), child(block, "norm1")
-    reason = _why_not_op(attn) or why_not_norm("norm1", norm, _NORM1_ROW(block))
-    if reason is not None:
-        return reason
-    reason = why_layers_are_called(child(attn, "w_msa"), training, "attn.w_msa")
+    reason = why_not_norm("norm1", child(block, "norm1"), _NORM1_ROW(block)) or _why_not_read(block, training)
     return reason or _why_not_layers(child(block, "ffn"), True)
+
+
+def _why_not_read(block: Any, training: bool | None = None) -> str | None:
+    """Return the reason why attention_half cannot replace the call of a block's attention, or None."""
+    return _why_not_op(block) or why_layers_are_called(child(child(block, "attn"), "w_msa"), training, "attn.w_msa")
 
 
 def _why_not_second_half(block: Any, training: bool | None) -> str | None:
@@ -267,6 +270,11 @@ _HALVES = Halves(_RESIDUAL, _MLP, "pre", _why_not_halves, _owner)
 _HALVES_V2 = Halves(_RESIDUALS_V2[1], _MLP, "post", _why_not_second_half, _owner)
 
 
+def _attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
+    w_msa = child(child(block, "attn"), "w_msa")
+    return child(block, "norm1"), (child(w_msa, "qkv"),), child(w_msa, "proj")
+
+
 def _branch(block: Any, x: Tensor, hw_shape: Any, residual: bool, place: str = "pre") -> Tensor | None:
     """Return a block's attention branch, plus x if ``residual``, or None if attention_half cannot compute it."""
     attn = child(block, "attn")
@@ -274,13 +282,9 @@ def _branch(block: Any, x: Tensor, hw_shape: Any, residual: bool, place: str = "
         return None
     if residual and not drops_nothing("attn.drop", child(attn, "drop"), DropPath):
         return None
-    w_msa = child(attn, "w_msa")
-    geometry = _attention_arguments(attn, *hw_shape)
-    y = attention_branch(
-        x.view(x.shape[0], *hw_shape, x.shape[2]), child(block, "norm1"), (child(w_msa, "qkv"),), child(w_msa, "proj"),
-        attn._swinkernels_backend, {**geometry, "pad_qkv": qkv_bias(w_msa), "dropout_p": dropout_at_call(w_msa)},
-        residual, place,
-    )  # fmt: skip
+    w_msa, x = child(attn, "w_msa"), x.view(x.shape[0], *hw_shape, x.shape[2])
+    given = {**_attention_arguments(attn, *hw_shape), "pad_qkv": qkv_bias(w_msa), "dropout_p": dropout_at_call(w_msa)}
+    y = attention_branch(block, x, _attention_layers, attn._swinkernels_backend, given, residual, place)
     if y is None:
         return None
     return y.flatten(1, 2) if residual else child(attn, "drop")(y.flatten(1, 2))
@@ -288,12 +292,9 @@ def _branch(block: Any, x: Tensor, hw_shape: Any, residual: bool, place: str = "
 
 def _added_attention(block: Any, x: Tensor, hw_shape: Any) -> Tensor | None:
     """Return the residual stream of a v2 block after attention, or None if that is not one op."""
-    attn = child(block, "attn")
     return add_normed_attention(
-        block, x, _RESIDUALS_V2[0],
-        lambda: _why_not_op(attn) or why_layers_are_called(child(attn, "w_msa"), None, "attn.w_msa"),
-        lambda: _branch(block, x, hw_shape, True, "post"),
-    )  # fmt: skip
+        block, x, _RESIDUALS_V2[0], _why_not_read, lambda: _branch(block, x, hw_shape, True, "post")
+    )
 
 
 class AcceleratedSwinBlock(Accelerated, SwinBlock):
@@ -311,7 +312,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
         if out is not None:
             return out
         attn = child(self, "attn")
-        y = attn(_norm1(self, attn, x, hw_shape), hw_shape)
+        y = attn(_norm1(self, x, hw_shape), hw_shape)
         fused = _RESIDUAL.add_then_norm(self, x, y)
         if fused is None:
             s = y + x

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ from swinkernels.adapters.bypass import (
     why_not_norm,
     why_not_window_attention,
 )
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, attention_branch
 from swinkernels.adapters.linear_layers import Mlp, call_linear
 from swinkernels.adapters.masks import frame_of, is_shift_mask, is_window_index
@@ -151,7 +153,7 @@ def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
 def _call_arguments(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> dict[str, Any] | None:
     """Return the op's arguments for a call of the block's attention, or None if MONAI's own code must run."""
     size = tuple(x.shape[1:-1])
-    if not _size_fits(block, size) or _why_not_attention(block) is not None:
+    if not _size_fits(block, size) or settled(block, _why_not_attention) is not None:
         return None
     arguments = _attention_arguments(block, size)
     window, shift = arguments["window_size"], arguments["shift_size"]
@@ -208,11 +210,15 @@ _HALVES = Halves(_RESIDUAL, _MLP, "pre", _why_not_half)
 
 def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any, residual: bool) -> Tensor | None:
     """Return the block's attention branch, plus x if ``residual``, or None if attention_half cannot compute it."""
-    arguments, attn = _call_arguments(block, x, mask_matrix), child(block, "attn")
+    arguments = _call_arguments(block, x, mask_matrix)
     if arguments is None:
         return None
-    layers = (child(attn, "qkv"),), child(attn, "proj")
-    return attention_branch(x, child(block, "norm1"), *layers, block._swinkernels_backend, arguments, residual)
+    return attention_branch(block, x, _attention_layers, block._swinkernels_backend, arguments, residual)
+
+
+def _attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
+    attn = child(block, "attn")
+    return child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj")
 
 
 @constant_when_compiled
@@ -269,7 +275,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
         if (
             self._swinkernels_own_code(x)
             or self.use_checkpoint
-            or replaced_method(self, SwinTransformerBlock) is not None
+            or settled(self, replaced_method, SwinTransformerBlock) is not None
         ):
             return super().forward(x, mask_matrix)
         out = _HALVES.run(self, x, lambda residual: _branch(self, x, mask_matrix, residual))

@@ -19,6 +19,7 @@ Source: torchvision.models.swin_transformer, which is the same file in torchvisi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from swinkernels.adapters.bypass import (
     why_not_linear,
     why_not_norm,
 )
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.linear_layers import Mlp, why_not_readable
 from swinkernels.adapters.masks import is_window_index
@@ -148,7 +150,7 @@ class AcceleratedShiftedWindowAttention(_Attention, ShiftedWindowAttention):
     """torchvision's attention, computed by a window attention op."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._swinkernels_own_code(x) or x.dim() != 4 or _why_not_attention(self) is not None:
+        if self._swinkernels_own_code(x) or x.dim() != 4 or settled(self, _why_not_attention) is not None:
             return super().forward(x)
         return _attention(self, x, child(self, "qkv").bias)
 
@@ -157,7 +159,7 @@ class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
     """torchvision's v2 attention, computed by a window attention op."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._swinkernels_own_code(x) or x.dim() != 4 or _why_not_attention(self) is not None:
+        if self._swinkernels_own_code(x) or x.dim() != 4 or settled(self, _why_not_attention) is not None:
             return super().forward(x)
         return _attention(self, x, _without_k(child(self, "qkv").bias))
 
@@ -208,17 +210,18 @@ _MERGING = Merging("pre", lambda merging: 4 * merging.dim)
 _MERGING_V2 = Merging("post", lambda merging: 2 * merging.dim)
 
 
-def _why_not_op(attn: Any) -> str | None:
-    """Return the reason why the op cannot replace a call of ``attn``, the attention of a v1 block, or None."""
+def _why_not_op(block: Any) -> str | None:
+    """Return the reason why the op cannot replace the call of a v1 block's attention, or None."""
+    attn = child(block, "attn")
     return why_not_accelerated("attn", attn, AcceleratedShiftedWindowAttention) or _why_not_attention(attn)
 
 
-def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
+def _norm1(block: Any, x: Tensor) -> Tensor:
     """Return norm1(x) of a v1 block.
 
     Under autocast, the result has QKV's input dtype if only accelerated attention reads it.
     """
-    if autocast_dtype(x) is None or _why_not_op(attn) is not None:
+    if autocast_dtype(x) is None or settled(block, _why_not_op) is not None:
         return child(block, "norm1")(x)
     return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
 
@@ -231,7 +234,7 @@ def _why_not_half(block: Any, training: bool | None) -> str | None:
     attn = child(block, "attn")
     if class_of(attn) is not AcceleratedShiftedWindowAttention:
         return None
-    reason = _why_not_op(attn) or why_not_norm("norm1", child(block, "norm1"), _NORM1_ROW(block))
+    reason = _why_not_op(block) or why_not_norm("norm1", child(block, "norm1"), _NORM1_ROW(block))
     return reason or _why_not_absorbed(attn, training)
 
 
@@ -246,35 +249,39 @@ _HALVES = Halves(_RESIDUAL, _MLP, "pre", _why_not_half)
 _HALVES_V2 = Halves(_RESIDUALS_V2[1], _MLP, "post")
 
 
+def _attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
+    attn = child(block, "attn")
+    return child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj")
+
+
 def _branch(block: Any, x: Tensor, residual: bool) -> Tensor | None:
     """Return a v1 block's attention branch, plus x if ``residual``, or None if attention_half does not accept ``x``."""
-    attn, norm = child(block, "attn"), child(block, "norm1")
+    attn = child(block, "attn")
     if class_of(attn) is not AcceleratedShiftedWindowAttention:
-        return x + attn(norm(x)) if residual else attn(norm(x))
+        y = attn(child(block, "norm1")(x))
+        return x + y if residual else y
     if x.dim() != 4:
         return None
-    qkv = child(attn, "qkv")
-    arguments = {"pad_qkv": qkv.bias, **_attention_arguments(attn, tuple(x.shape[1:3]))}
-    return attention_branch(x, norm, (qkv,), child(attn, "proj"), attn._swinkernels_backend, arguments, residual)
+    given = {"pad_qkv": child(attn, "qkv").bias, **_attention_arguments(attn, tuple(x.shape[1:3]))}
+    return attention_branch(block, x, _attention_layers, attn._swinkernels_backend, given, residual)
+
+
+def _why_not_half_v2(block: Any) -> str | None:
+    """Return the reason why the op attention_half cannot replace a v2 block's attention and norm1, or None."""
+    attn = child(block, "attn")
+    reason = why_not_accelerated("attn", attn, AcceleratedShiftedWindowAttentionV2) or _why_not_attention(attn)
+    return reason or _why_not_absorbed(attn, None)
 
 
 def _added_attention(block: Any, x: Tensor) -> Tensor | None:
     """Return the residual stream of a v2 block after attention, or None if that is not one op."""
-    attn = child(block, "attn")
-
-    def why_not() -> str | None:
-        if x.dim() != 4:
-            return "x is not a map"
-        reason = why_not_accelerated("attn", attn, AcceleratedShiftedWindowAttentionV2) or _why_not_attention(attn)
-        return reason or _why_not_absorbed(attn, None)
 
     def branch() -> Tensor | None:
-        arguments = _attention_arguments(attn, tuple(x.shape[1:3]))
-        arguments["pad_qkv"] = _without_k(child(attn, "qkv").bias)
-        layers = (child(attn, "qkv"),), child(attn, "proj")
-        return attention_branch(x, child(block, "norm1"), *layers, attn._swinkernels_backend, arguments, True, "post")
+        attn = child(block, "attn")
+        given = {"pad_qkv": _without_k(child(attn, "qkv").bias), **_attention_arguments(attn, tuple(x.shape[1:3]))}
+        return attention_branch(block, x, _attention_layers, attn._swinkernels_backend, given, True, "post")
 
-    return add_normed_attention(block, x, _RESIDUALS_V2[0], why_not, branch)
+    return add_normed_attention(block, x, _RESIDUALS_V2[0], _why_not_half_v2, branch) if x.dim() == 4 else None
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
@@ -287,7 +294,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
         if out is not None:
             return out
         attn = child(self, "attn")
-        y = attn(_norm1(self, attn, x))
+        y = attn(_norm1(self, x))
         fused = _RESIDUAL.add_then_norm(self, x, y)
         if fused is None:
             s = x + child(self, "stochastic_depth")(y)

@@ -7,7 +7,7 @@ row of zeros in the QKV layer's input, so its q, k and v are the bias of the QKV
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.layers import DropPath, Mlp
@@ -17,6 +17,7 @@ from torch import Tensor
 from swinkernels.adapters import linear_layers, microsoft_attention
 from swinkernels.adapters.adapter import Accelerated, original_class
 from swinkernels.adapters.bypass import child, replaced_method, watch, why_not_window_attention
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index
 from swinkernels.adapters.norms import Residual
@@ -47,10 +48,14 @@ def qkv_weight(block: Any) -> Tensor:
 
 def mask_fits(block: Any, x: Tensor) -> bool:
     """Return True if the block's stored mask fits the map ``x`` (B, H, W, C), or if the block uses no stored mask."""
+    return settled(block, _mask_fits, x.shape[1:3])
+
+
+def _mask_fits(block: Any, size: Sequence[int]) -> bool:
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
         return True  # timm computes the mask from the map, or the block has no mask
-    size, window = map_size(block), block.window_size
-    return x.shape[1:3] == size or frame_of(x.shape[1:3], window) == frame_of(size, window)
+    of_mask, window = map_size(block), block.window_size
+    return size == of_mask or frame_of(size, window) == frame_of(of_mask, window)
 
 
 def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> str | None:
@@ -168,27 +173,29 @@ def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
     return x + child(block, f"drop_path{half}")(child(block, f"norm{half}")(y))
 
 
+def attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
+    """Return norm1, the QKV layer and the projection."""
+    attn = child(block, "attn")
+    return child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj")
+
+
 def add_attention_half(
     block: Any, x: Tensor, why_not: Callable[[Any], str | None], arguments: Callable[[Any], dict[str, Any]]
 ) -> Tensor | None:
     """Return x + drop_path1(norm1(attention(x))), the first half of a v2 or v2-CR block, or None if it is not one op.
 
-    ``why_not`` returns the reason why timm's own code has to run the block's attention, or None, and ``arguments`` the
-    op's arguments for pad tokens, scores, heads and windows.
+    ``why_not`` returns the reason why attention_half cannot replace the block's attention, or None, and ``arguments``
+    the op's arguments for pad tokens, scores, heads and windows.
     """
-    attn = child(block, "attn")
-
-    def why_not_half() -> str | None:
-        if x.dim() != 4 or not mask_fits(block, x):
-            return "the stored mask is not for this map"
-        return why_not(block) or microsoft_attention.why_layers_are_called(attn, None)
+    if x.dim() != 4 or not mask_fits(block, x):
+        return None
 
     def branch() -> Tensor | None:
-        given = {**arguments(block), "dropout_p": dropout_p(block) if attn.attn_drop.training else 0.0}
-        layers = (child(attn, "qkv"),), child(attn, "proj")
-        return attention_branch(x, child(block, "norm1"), *layers, block._swinkernels_backend, given, True, "post")
+        p = dropout_p(block) if child(block, "attn").attn_drop.training else 0.0
+        given = {**arguments(block), "dropout_p": p}
+        return attention_branch(block, x, attention_layers, block._swinkernels_backend, given, True, "post")
 
-    return add_normed_attention(block, x, RESIDUALS[0], why_not_half, branch)
+    return add_normed_attention(block, x, RESIDUALS[0], why_not, branch)
 
 
 def add_mlp_half(block: Any, s: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import Accelerated, Adapter, original_class
 from swinkernels.adapters.bypass import replaced_method, watch, why_not_window_attention
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.libraries.timm._rel_pos import bias_table, stored, why_not_rel_pos
 from swinkernels.adapters.part import op_on, window_attention_part
 from swinkernels.ops._arguments import why_beyond_limits
@@ -125,7 +126,11 @@ class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
-        if self._swinkernels_own_code(x) or not _divides(x.shape[1:3], window) or _why_not_block(self) is not None:
+        if (
+            self._swinkernels_own_code(x)
+            or not _divides(x.shape[1:3], window)
+            or settled(self, _why_not_block) is not None
+        ):
             return super()._partition_attn(x)
         return attend(attn, x, window, not self.partition_block, op_on(self._swinkernels_backend))
 
@@ -135,7 +140,11 @@ class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
-        if self._swinkernels_own_code(x) or not _divides(x.shape[2:], window) or _why_not_block(self) is not None:
+        if (
+            self._swinkernels_own_code(x)
+            or not _divides(x.shape[2:], window)
+            or settled(self, _why_not_block) is not None
+        ):
             return super()._partition_attn(x)
         return attend(attn, x, window, not self.partition_block, op_on(self._swinkernels_backend))
 
@@ -145,7 +154,11 @@ class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttenti
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         window = self.partition_size
-        if self._swinkernels_own_code(x) or not _divides(x.shape[1:3], window) or _why_not_block(self) is not None:
+        if (
+            self._swinkernels_own_code(x)
+            or not _divides(x.shape[1:3], window)
+            or settled(self, _why_not_block) is not None
+        ):
             return super()._partition_attn(x)
         op = op_on(self._swinkernels_backend)
         outs = [attend(self.attn_block, x, window, False, op), attend(self.attn_grid, x, window, True, op)]

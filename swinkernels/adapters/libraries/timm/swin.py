@@ -23,6 +23,7 @@ from swinkernels.adapters.bypass import (
     why_not_linear,
     why_not_norm,
 )
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, attention_branch
 from swinkernels.adapters.libraries.timm import _blocks
 from swinkernels.adapters.linear_layers import call_linear
@@ -65,7 +66,7 @@ def _dropout_is_on(block: SwinTransformerBlock) -> bool:
 
 
 def _is_fused(block: AcceleratedSwinTransformerBlock, x: Tensor) -> bool:
-    return _why_not_attention(block) is None and _blocks.mask_fits(block, x)
+    return settled(block, _why_not_attention) is None and _blocks.mask_fits(block, x)
 
 
 def _attended(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
@@ -120,12 +121,9 @@ def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor, residual: bool) -
     """Return the attention branch of ``x``, plus x if ``residual``, or None if attention_half cannot compute it."""
     if x.dim() != 4 or not _blocks.mask_fits(block, x):
         return None
-    attn = child(block, "attn")
     p = _blocks.dropout_p(block) if _dropout_is_on(block) else 0.0
-    return attention_branch(
-        x, child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj"), block._swinkernels_backend,
-        {**_arguments(block), "dropout_p": p}, residual,
-    )  # fmt: skip
+    given = {**_arguments(block), "dropout_p": p}
+    return attention_branch(block, x, _blocks.attention_layers, block._swinkernels_backend, given, residual)
 
 
 class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransformerBlock):

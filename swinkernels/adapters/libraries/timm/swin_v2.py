@@ -18,7 +18,9 @@ from torch import Tensor
 
 from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import child, first_weight, watch
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.libraries.timm import _blocks
+from swinkernels.adapters.microsoft_attention import why_layers_are_called
 from swinkernels.adapters.norms import Merging
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops._fused_linear import linear
@@ -42,6 +44,15 @@ def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
     if coords is None or coords.shape[1:3] != (2 * height - 1, 2 * width - 1):
         return "attn.relative_coords_table is not the table of window_size"
     return None
+
+
+def _why_not_half(block: SwinTransformerV2Block) -> str | None:
+    """Return the reason why the op attention_half cannot replace the block's attention and norm1, or None."""
+    return _why_not_attention(block) or why_layers_are_called(child(block, "attn"), None)
+
+
+def _is_fused(block: Any, x: Tensor) -> bool:
+    return settled(block, _why_not_attention) is None and _blocks.mask_fits(block, x)
 
 
 def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
@@ -88,14 +99,15 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
         if self._swinkernels_own_code(x):
             return super().forward(x)
         batch, height, width, channels = x.shape
-        s = _blocks.add_attention_half(self, x, _why_not_attention, _arguments)
-        s = _blocks.add_normed(self, x, self._attn(x), 1) if s is None else s
+        s = _blocks.add_attention_half(self, x, _why_not_half, _arguments)
+        if s is None:
+            y = _attention(self, x) if _is_fused(self, x) else self._attn(x)
+            s = _blocks.add_normed(self, x, y, 1)
         s = s.flatten(1, 2)
         return _blocks.add_mlp_half(self, s).reshape(batch, height, width, channels)
 
     def _attn(self, x: Tensor) -> Tensor:
-        own_code = self._swinkernels_own_code(x) or not _blocks.mask_fits(self, x)
-        if own_code or _why_not_attention(self) is not None:
+        if self._swinkernels_own_code(x) or not _is_fused(self, x):
             return super()._attn(x)
         return _attention(self, x)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import child, class_of, has_hooks, replaced_method, watch, why_not_window_attention
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.libraries.timm._rel_pos import bias_table, stored, why_not_rel_pos
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention, window_attention_qkvpacked
@@ -73,7 +74,7 @@ class AcceleratedRelPosAttention(Accelerated, RelPosAttention):
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         rel_pos: Any = self.rel_pos
-        if self._swinkernels_own_code(x) or _why_not(self) is not None or x.shape[1] != rel_pos.window_area:
+        if self._swinkernels_own_code(x) or settled(self, _why_not) is not None or x.shape[1] != rel_pos.window_area:
             return super().forward(x, shared_rel_pos)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unflatten(1, _map_size(self))
         dropout_is_on = self.training if getattr(self, "fused_attn", False) else self.attn_drop.training

@@ -25,6 +25,7 @@ from swinkernels.adapters.bypass import (
     why_not_linear,
     why_not_norm,
 )
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.linear_layers import Mlp, call_linear, know_gelu, why_not_left_out, why_not_readable
 from swinkernels.adapters.masks import is_window_index
@@ -114,6 +115,19 @@ def _why_not_inside(layer: Any) -> str | None:
 
 def _why_not_attention(layer: Any) -> str | None:
     """Return the reason why transformers' own code currently has to run a layer's attention, or None."""
+    return _why_not_modules(layer) or _why_not_sdpa(layer)
+
+
+def _why_not_sdpa(layer: Any) -> str | None:
+    """Return the reason why transformers computes attention with other code than sdpa, or None."""
+    attention = child(layer, "attention")
+    if "self" not in attention._modules and not _is_sdpa(attention):
+        return f"attention weights are requested by attn_implementation={attention.config._attn_implementation!r}"
+    return None
+
+
+def _why_not_modules(layer: Any) -> str | None:
+    """Return the reason in the layer's modules why transformers' own code has to run the layer's attention, or None."""
     reason = replaced_method(layer, original_class(layer)) or _why_not_inside(layer)
     if reason is not None:
         return reason
@@ -126,8 +140,6 @@ def _why_not_attention(layer: Any) -> str | None:
         reason = why_not_dropout(path, dropout)
         if reason is not None:
             return reason
-    if "self" not in attention._modules and not _is_sdpa(attention):
-        return f"attention weights are requested by attn_implementation={attention.config._attn_implementation!r}"
     if "self" not in attention._modules and not isinstance(attention.scaling, float):
         return f"attention.scaling is a {type(attention.scaling).__name__}, not a float"
     window = layer.window_size
@@ -266,7 +278,7 @@ def _why_not_half(layer: Any, training: bool | None) -> str | None:
     return reason or _why_not_absorbed(layer, training)
 
 
-def _why_not_absorbed(layer: Any, training: bool | None) -> str | None:
+def _why_not_absorbed(layer: Any, training: bool | None = None) -> str | None:
     """Return the reason why attention_half cannot replace the layer's projections and last dropout, or None."""
     *_, (name, dropout) = _dropouts(layer).items()
     reason = why_not_left_out(name, dropout, training=training)
@@ -275,28 +287,34 @@ def _why_not_absorbed(layer: Any, training: bool | None) -> str | None:
     return reason
 
 
-def _branch(layer: Any, x: Tensor, size: Sequence[int], residual: bool, norm: Any, place: str = "pre") -> Tensor | None:
+def _layers_before(layer: Any) -> tuple[Any, Sequence[Any], Any]:
+    """Return the layers of a v1 layer's attention half."""
+    *qkv, proj = _projections(layer).values()
+    return child(layer, "layernorm_before"), qkv, proj
+
+
+def _layers_after(layer: Any) -> tuple[Any, Sequence[Any], Any]:
+    """Return the layers of a v2 layer's attention half."""
+    *qkv, proj = _projections(layer).values()
+    return child(layer, _RESIDUALS[original_class(layer)][0].norm), qkv, proj
+
+
+def _branch(layer: Any, x: Tensor, size: Sequence[int], residual: bool, place: str = "pre") -> Tensor | None:
     """Return the output of an attention branch, computed by attention_half, plus x if ``residual``.
 
     Return None if the device or, outside autocast, the dtype of a parameter differs from that of ``x``.
     """
-    *qkv, proj = _projections(layer).values()
-    y = attention_branch(
-        x.view(x.shape[0], *size, x.shape[2]), norm, qkv, proj,
-        layer._swinkernels_backend,
-        {**_attention_arguments(layer), "pad_qkv": _pad_qkv(layer), "dropout_p": _dropout_at_call(layer)},
-        residual, place,
-    )  # fmt: skip
+    layers = _layers_before if place == "pre" else _layers_after
+    given = {**_attention_arguments(layer), "pad_qkv": _pad_qkv(layer), "dropout_p": _dropout_at_call(layer)}
+    x = x.view(x.shape[0], *size, x.shape[2])
+    y = attention_branch(layer, x, layers, layer._swinkernels_backend, given, residual, place)
     return None if y is None else y.flatten(1, 2)
 
 
 def _added_attention(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
     """Return the residual stream of a v2 layer after attention, or None if that is not one op."""
     residual = _RESIDUALS[original_class(layer)][0]
-    return add_normed_attention(
-        layer, x, residual, lambda: _why_not_absorbed(layer, None),
-        lambda: _branch(layer, x, size, True, child(layer, residual.norm), "post"),
-    )  # fmt: skip
+    return add_normed_attention(layer, x, residual, _why_not_absorbed, lambda: _branch(layer, x, size, True, "post"))
 
 
 class _Layer(Accelerated):
@@ -317,8 +335,11 @@ class _Layer(Accelerated):
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
             return False
         if not always_partition:
+            before = self.window_size, self.shift_size
             self.set_shift_and_window_size(size)  # idempotent, so transformers' forward may call it again
-        return _why_not_attention(self) is None
+            if (self.window_size, self.shift_size) != before and self._swinkernels_own_code(x):
+                return False
+        return settled(self, _why_not_modules) is None and _why_not_sdpa(self) is None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
         found = _why_not_inside(self)
@@ -343,9 +364,7 @@ class PreNormLayer(_Layer):
 
     def _both_halves(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """Return the residual stream after attention and MLP."""
-        out = _HALVES[original_class(self)].run(
-            self, x, lambda residual: _branch(self, x, size, residual, child(self, "layernorm_before"))
-        )
+        out = _HALVES[original_class(self)].run(self, x, lambda residual: _branch(self, x, size, residual))
         if out is not None:
             return out
         s, z = self._attention_half(x, size)

@@ -1,0 +1,225 @@
+"""Keeps the results of checks of an accelerated module until something changes that the checks read.
+
+Before each call, checks compare the hooks, classes, methods, attributes and tensors inside a module with the published
+code that an op replaces. That takes several times as long as comparing all of them with a copy, which is done here.
+Neither the copy nor the results keep a tensor or a module alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinkernels.adapters.bypass import GLOBAL_HOOKS
+from swinkernels.ops._library import PLAIN_TYPES, is_plain
+
+_modules_of = itemgetter("_modules")
+_tensors_of = itemgetter("_parameters", "_buffers")
+_hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_metadata_of = attrgetter("shape", "dtype", "device", "layout")
+_version_of = attrgetter("_version", "requires_grad")
+# Attributes of every module. Of these, checks read the mode, and hooks, parameters, buffers and inner modules, which
+# are compared separately.
+_OF_ALL_MODULES = frozenset(nn.Module().__dict__) - {"training"}
+_CALL_IMPL = nn.Module._call_impl
+_MOST_RESULTS = 64
+
+Result = TypeVar("Result")
+
+
+def _flat(groups: Iterable[Iterable[Any]]) -> list[Any]:
+    return list(chain.from_iterable(groups))
+
+
+def _none() -> None:
+    return None
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    """Return the lists, dicts and sets, which other code can change in place, among and inside ``values``."""
+    found: dict[int, Any] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (list, dict, set)) and id(value) not in found:
+            found[id(value)] = value
+        elif not isinstance(value, tuple):
+            continue
+        waiting += value.values() if isinstance(value, dict) else value
+    return list(found.values())
+
+
+class _State:
+    """A copy of the state of a module and of all modules inside it, and the results of checks in this state."""
+
+    def __init__(self, module: nn.Module, keeper: str) -> None:
+        """Copy the state, except the attribute named ``keeper``, which would make a reference cycle."""
+        self.results: dict[Any, Any] = {}
+        inner = [m for m in module.modules() if m is not module]
+        self._inner = [weakref.ref(m) for m in inner]
+        modules = [module, *inner]
+        states = [m.__dict__ for m in modules]
+        self._kinds = list(map(type, modules))
+        self._sizes = list(map(len, states))
+        left = {*_OF_ALL_MODULES, keeper}
+        names = [[n for n, v in s.items() if n not in left and not isinstance(v, (Tensor, nn.Module))] for s in states]
+        self._read = [itemgetter("training", "training", *some) for some in names]  # twice, so always a tuple
+        self._values = _flat([read(state) for read, state in zip(self._read, states, strict=True)])
+        self._containers = _containers(self._values)
+        self._contents = [value.copy() for value in self._containers]
+        # The names of inner modules, in the order of their calls in a Sequential, and their positions in this list.
+        known = [*modules, None]
+        held = [of for of in map(_modules_of, states) if of]
+        self._names = list(map(list, held))
+        children = _flat(map(dict.values, held))
+        self._positions = [next(i for i, m in enumerate(known) if m is child) for child in children]
+        # FSDP sets views of its flat parameters as attributes.
+        self._others = [(i, n) for i, s in enumerate(states) for n, v in s.items() if isinstance(v, Tensor)]
+        tensors = self._tensors(states)
+        self._types = list(map(type, tensors))
+        if not PLAIN_TYPES.issuperset(self._types):
+            raise TypeError("a parameter or buffer is of a subclass of Tensor")
+        self._metadata = list(map(_metadata_of, [t for t in tensors if t is not None]))
+        # Values of parameters do not matter, so a parameter may be replaced by another one of the same kind.
+        self._buffers = [(weakref.ref(t), _version_of(t)) for t in tensors if type(t) is Tensor]
+        self._own_hooks = [dict(hooks) for hooks in _hooks_of(module.__dict__)]  # they run in any case
+        classes = dict.fromkeys(cls for kind in self._kinds for cls in kind.__mro__)
+        self._classes = [vars(cls) for cls in classes if cls not in (nn.Module, object)]
+        self._code = [dict(code) for code in self._classes]
+        self._functions = nn.Module.__call__, F.gelu
+
+    def _tensors(self, states: list[dict[str, Any]]) -> list[Tensor | None]:
+        tensors = _flat(map(dict.values, [of for of in _flat(map(_tensors_of, states)) if of]))
+        return tensors + [states[i][name] for i, name in self._others] if self._others else tensors
+
+    def is_current(self, module: nn.Module) -> bool:
+        """Return True if nothing has changed since the copy was made."""
+        modules = [module, *[reference() for reference in self._inner]]
+        if list(map(type, modules)) != self._kinds:
+            return False
+        states = [m.__dict__ for m in modules]
+        if list(map(len, states)) != self._sizes or any(_flat(map(_hooks_of, states[1:]))):
+            return False
+        values = _flat([read(state) for read, state in zip(self._read, states, strict=True)])
+        if not all(map(is_, values, self._values)):
+            return False
+        held = [of for of in map(_modules_of, states) if of]
+        if list(map(list, held)) != self._names:
+            return False
+        modules.append(None)
+        if not all(map(is_, _flat(map(dict.values, held)), [modules[i] for i in self._positions])):
+            return False
+        tensors = self._tensors(states)
+        return (
+            list(map(type, tensors)) == self._types
+            and list(map(_metadata_of, [t for t in tensors if t is not None])) == self._metadata
+            and all(of() is t and _version_of(t) == v for (of, v), t in self._pairs(tensors))
+            and self._containers == self._contents
+            and list(_hooks_of(module.__dict__)) == self._own_hooks
+            and self._classes == self._code
+            and self._functions == (nn.Module.__call__, F.gelu)
+        )
+
+    def _pairs(self, tensors: list[Tensor | None]) -> Iterable[Any]:
+        return zip(self._buffers, [t for t in tensors if type(t) is Tensor], strict=True)
+
+
+class Checks:
+    """Keeps the results of checks of one module; the module stores it in the attribute ``_swinkernels_checks``."""
+
+    ATTRIBUTE = "_swinkernels_checks"
+
+    def __init__(self) -> None:
+        self._owner: Callable[[], Any] = _none
+        self._state: _State | None = None
+        self._results: dict[Any, Any] | None = None  # None if results must not be kept in this call
+        self._begins = False  # True if the state has not been compared since the call began
+        self._changes = 0  # calls in a row before which the module changed
+
+    def begin(self, module: nn.Module) -> None:
+        """Begin a call of ``module``."""
+        if self._owner() is None:
+            self._owner = weakref.ref(module)
+        self._begins = True
+
+    def results(self, module: nn.Module) -> dict[Any, Any] | None:
+        """Return the results kept for this call of ``module``, or None if they must not be kept."""
+        if self._owner() is not module:
+            return None  # copy.copy and DataParallel's replicas share the attributes of the copied module
+        if self._begins:
+            self._begins, self._results = False, None
+            if not any(GLOBAL_HOOKS) and nn.Module._call_impl is _CALL_IMPL and is_plain(()):
+                self._compare(module)
+        return self._results
+
+    def _compare(self, module: nn.Module) -> None:
+        try:
+            if self._state is not None and self._state.is_current(module):
+                self._changes, self._results = 0, self._state.results
+                return
+        except Exception:  # a comparison raised an error, which counts as a change
+            pass
+        self._state = None
+        self._changes += 1
+        if self._changes > 4 and self._changes % 64:
+            return  # the module changes before every call, so copying its state would only take time
+        try:
+            state = _State(module, self.ATTRIBUTE)
+            if state.is_current(module):
+                self._state, self._results = state, state.results
+        except Exception:  # for example, inference tensors have no version
+            pass
+
+    def __deepcopy__(self, memo: Any) -> Checks:
+        return Checks()
+
+    def __reduce__(self) -> Any:
+        return Checks, ()
+
+
+def begin(module: nn.Module) -> None:
+    """Begin a call of an accelerated module, which may then call :func:`settled`."""
+    checks = module.__dict__.get(Checks.ATTRIBUTE)
+    if checks is None:  # the module was pickled by a version without this attribute
+        checks = module.__dict__[Checks.ATTRIBUTE] = Checks()
+    checks.begin(module)
+
+
+def _results(module: Any) -> dict[Any, Any] | None:
+    checks = None if torch.compiler.is_compiling() else module.__dict__.get(Checks.ATTRIBUTE)
+    return None if checks is None else checks.results(module)
+
+
+def keeps_results(module: Any) -> bool:
+    """Return True if :func:`settled` keeps the results of checks in this call of ``module``."""
+    return _results(module) is not None
+
+
+def settled(module: Any, check: Callable[..., Result], *arguments: Any) -> Result:
+    """Return check(module, *arguments), or the result of an earlier call if nothing has changed since then.
+
+    Only the forward pass of ``module`` may call this function, after ``_swinkernels_own_code``. The check may read the
+    arguments and the state of the module and of modules inside it, except the values of parameters and the contents of
+    other objects. Neither the arguments nor the result may refer to a tensor or a module, which they would keep alive.
+    A reason (a str) and False are never kept, because a check may also fail for a passing reason, such as the capture
+    of a CUDA graph.
+    """
+    results = _results(module)
+    if results is None:
+        return check(module, *arguments)
+    key = (check, *arguments)
+    if key in results:
+        return results[key]
+    result = check(module, *arguments)
+    if not isinstance(result, str) and result is not False:
+        if len(results) >= _MOST_RESULTS:
+            results.clear()
+        results[key] = result
+    return result
