@@ -302,6 +302,11 @@ REPLACEMENTS: dict[str, tuple[Any, Any, str]] = {
         lambda a: setattr(a, "rel_pos", RelPosBias(WINDOW, 2, prefix_tokens=1)),
         "attn.rel_pos has a row for a class token",
     ),
+    "bias of another shape": (
+        PartitionAttentionCl,
+        lambda a: setattr(a, "rel_pos", RelPosBias(WINDOW, 2)) or setattr(a.rel_pos, "bias_shape", (15, 15, 3)),
+        "attn.rel_pos.bias_shape is (15, 15, 3), not (15, 15, 2)",
+    ),
     "get_bias": (
         PartitionAttention2d,
         lambda a: setattr(a.rel_pos, "get_bias", lambda: 0),

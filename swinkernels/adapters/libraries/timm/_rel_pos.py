@@ -33,6 +33,11 @@ def why_not_rel_pos(rel_pos: Any, name: str, window: Sequence[int]) -> str | Non
         return f"{name} has a row for a class token"
     if kind is not RelPosMlp and rel_pos.relative_position_bias_table is None:
         return f"{name} has no bias table"
+    if kind is not RelPosBiasTf:
+        heads = rel_pos.num_heads if kind is RelPosMlp else rel_pos.relative_position_bias_table.shape[-1]
+        shape = (window[0] * window[1],) * 2 + (heads,)
+        if tuple(getattr(rel_pos, "bias_shape", shape)) != shape:
+            return f"{name}.bias_shape is {rel_pos.bias_shape}, not {shape}"  # timm's own code fails
     return _why_not_stored(rel_pos, name)
 
 
