@@ -219,10 +219,10 @@ class Mlp:
         return found
 
     def _settled_layers(self, block: Any) -> Layers | None:
-        found = settled(block, self.weak_layers_or_reason)
+        found = settled(block, self._weak_layers_or_reason)
         return None if isinstance(found, str) else found.strong()
 
-    def weak_layers_or_reason(self, block: Any) -> WeakLayers | str:
+    def _weak_layers_or_reason(self, block: Any) -> WeakLayers | str:
         """Return the result of :meth:`layers_or_reason` in a form that :func:`settled` may keep."""
         found = self.layers_or_reason(block)
         return found if isinstance(found, str) else found.weak()

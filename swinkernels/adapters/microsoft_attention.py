@@ -6,6 +6,7 @@ and the residual stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ def dropout_p(attn: Any) -> float:
 def dropout_at_call(attn: Any) -> float:
     drop = attn._modules.get("attn_drop")
     return dropout_p(attn) if drop is not None and drop.training else 0.0
+
+
+def attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
+    """Return the layers of a block's attention half: norm1, the QKV layer (in a sequence) and the projection."""
+    attn = child(block, "attn")
+    return child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj")
 
 
 def why_layers_are_called(attn: Any, training: bool | None, name: str = "attn") -> str | None:

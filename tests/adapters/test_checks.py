@@ -292,6 +292,25 @@ def test_a_compiled_inner_module_is_called():
     assert calls
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_an_mlp_without_calls_of_its_modules(approximate):
+    plain = model().double()
+    plain.mlp.act = nn.GELU(approximate)
+    fast = copy.deepcopy(plain)
+    assert swinkernels.accelerate(fast).replaced
+    x = torch.randn(1, 14, 14, 384, dtype=torch.float64)
+    for block in (plain, fast):
+        block.eval()
+        for _ in range(3):  # from the second call on, the results of checks are kept
+            block.zero_grad()
+            y = block(x)
+            y.square().sum().backward()
+    assert keeps_results(fast)
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-9, atol=1e-9)
+    for p, q in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+
+
 def saved_by(block: Any, x: Tensor) -> list[tuple[torch.Size, torch.dtype]]:
     saved: list[tuple[torch.Size, torch.dtype]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.shape, t.dtype)) or t, lambda t: t):

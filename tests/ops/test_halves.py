@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import swinkernels
 from swinkernels import reference
-from swinkernels.ops import _fused_attention, _fused_linear
+from swinkernels.ops import _backends, _fused_attention, _fused_linear
+from tests.support.fused_products import always_fused, fused_calls
 from tests.support.saved_bytes import kept_bytes
 from tests.support.side_by_side import assert_same, draw
 from tests.support.sweeps import in_turn
@@ -182,6 +183,33 @@ def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels
     for g, e, t in zip(torch.autograd.grad(got.double().square().sum(), low[:used]), gradients, low, strict=False):
         assert g.dtype == t.dtype
         assert (g.double() - e).norm() <= 8 * eps * e.norm()
+
+
+@pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("given", ["drop path and layer scale", "layer scale", "neither, and no biases"])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("is_one_op", [True, False])
+def test_float32_inference_on_the_kernels_of_linear_layers(op, norm, given, residual, is_one_op, monkeypatch):
+    """Both halves run on the CPU kernels as one op or, if their batch has few rows, as two Linear layers."""
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
+    monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", 0 if is_one_op else 1 << 30)
+    monkeypatch.setattr(_fused_attention, "_WINDOWS_PER_THREAD", 0 if is_one_op else 1 << 30)
+    tensors, options = case(op, norm=norm, full="layer scale" in given)
+    if "drop path" not in given:
+        options.pop("drop_path_scale", None)
+    exact = plain_half(op, tensors, options)
+    exact = exact if residual else exact - tensors[0]
+    single = [None if t is None else t.float() for t in tensors]
+    options = {key: t.float() if isinstance(t, Tensor) else t for key, t in options.items()}
+    with torch.no_grad(), always_fused(), fused_calls() as called:
+        got = getattr(swinkernels, op)(*single, **options, residual=residual)
+    assert len(called) == 2
+    assert set(called) <= {f"swinkernels::fused_{kind}" for kind in ("linear", "mlp", "attention_half")}
+    if not is_one_op:
+        assert set(called) == {"swinkernels::fused_linear"}
+    assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_tanh_gelu():

@@ -21,7 +21,7 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,7 @@ from swinkernels.adapters.linear_layers import Drop
 from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index, shift_mask, value_of_mask
 from swinkernels.adapters.microsoft_attention import (
     add_projected,
+    attention_layers,
     bias_table,
     dropout_at_call,
     dropout_p,
@@ -382,13 +383,8 @@ def _branch(
 ) -> Tensor | None:
     """Return a block's attention branch, computed by attention_half, plus x if ``residual``."""
     given, of_map = _attention_arguments(form, block, size, mask_value), x.reshape(x.shape[0], *size, x.shape[-1])
-    y = attention_branch(block, of_map, _attention_layers, block._swinkernels_backend, given, residual, form.norm)
+    y = attention_branch(block, of_map, attention_layers, block._swinkernels_backend, given, residual, form.norm)
     return None if y is None else y.reshape(x.shape)
-
-
-def _attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
-    attn = child(block, "attn")
-    return child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj")
 
 
 def _why_not_half(block: Any) -> str | None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, attention_branch
 from swinkernels.adapters.linear_layers import Mlp, call_linear
 from swinkernels.adapters.masks import frame_of, is_shift_mask, is_window_index
-from swinkernels.adapters.microsoft_attention import why_layers_are_called
+from swinkernels.adapters.microsoft_attention import attention_layers, why_layers_are_called
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
@@ -213,12 +212,7 @@ def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any,
     arguments = _call_arguments(block, x, mask_matrix)
     if arguments is None:
         return None
-    return attention_branch(block, x, _attention_layers, block._swinkernels_backend, arguments, residual)
-
-
-def _attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
-    attn = child(block, "attn")
-    return child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj")
+    return attention_branch(block, x, attention_layers, block._swinkernels_backend, arguments, residual)
 
 
 @constant_when_compiled

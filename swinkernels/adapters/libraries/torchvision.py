@@ -19,7 +19,6 @@ Source: torchvision.models.swin_transformer, which is the same file in torchvisi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.linear_layers import Mlp, why_not_readable
 from swinkernels.adapters.masks import is_window_index
-from swinkernels.adapters.microsoft_attention import bias_table, score_factor
+from swinkernels.adapters.microsoft_attention import attention_layers, bias_table, score_factor
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
@@ -249,11 +248,6 @@ _HALVES = Halves(_RESIDUAL, _MLP, "pre", _why_not_half)
 _HALVES_V2 = Halves(_RESIDUALS_V2[1], _MLP, "post")
 
 
-def _attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
-    attn = child(block, "attn")
-    return child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj")
-
-
 def _branch(block: Any, x: Tensor, residual: bool) -> Tensor | None:
     """Return a v1 block's attention branch, plus x if ``residual``, or None if attention_half does not accept ``x``."""
     attn = child(block, "attn")
@@ -263,7 +257,7 @@ def _branch(block: Any, x: Tensor, residual: bool) -> Tensor | None:
     if x.dim() != 4:
         return None
     given = {"pad_qkv": child(attn, "qkv").bias, **_attention_arguments(attn, tuple(x.shape[1:3]))}
-    return attention_branch(block, x, _attention_layers, attn._swinkernels_backend, given, residual)
+    return attention_branch(block, x, attention_layers, attn._swinkernels_backend, given, residual)
 
 
 def _why_not_half_v2(block: Any) -> str | None:
@@ -279,7 +273,7 @@ def _added_attention(block: Any, x: Tensor) -> Tensor | None:
     def branch() -> Tensor | None:
         attn = child(block, "attn")
         given = {"pad_qkv": _without_k(child(attn, "qkv").bias), **_attention_arguments(attn, tuple(x.shape[1:3]))}
-        return attention_branch(block, x, _attention_layers, attn._swinkernels_backend, given, True, "post")
+        return attention_branch(block, x, attention_layers, attn._swinkernels_backend, given, True, "post")
 
     return add_normed_attention(block, x, _RESIDUALS_V2[0], _why_not_half_v2, branch) if x.dim() == 4 else None
 

@@ -173,12 +173,6 @@ def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
     return x + child(block, f"drop_path{half}")(child(block, f"norm{half}")(y))
 
 
-def attention_layers(block: Any) -> tuple[Any, Sequence[Any], Any]:
-    """Return norm1, the QKV layer and the projection."""
-    attn = child(block, "attn")
-    return child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj")
-
-
 def add_attention_half(
     block: Any, x: Tensor, why_not: Callable[[Any], str | None], arguments: Callable[[Any], dict[str, Any]]
 ) -> Tensor | None:
@@ -193,7 +187,9 @@ def add_attention_half(
     def branch() -> Tensor | None:
         p = dropout_p(block) if child(block, "attn").attn_drop.training else 0.0
         given = {**arguments(block), "dropout_p": p}
-        return attention_branch(block, x, attention_layers, block._swinkernels_backend, given, True, "post")
+        return attention_branch(
+            block, x, microsoft_attention.attention_layers, block._swinkernels_backend, given, True, "post"
+        )
 
     return add_normed_attention(block, x, RESIDUALS[0], why_not, branch)
 

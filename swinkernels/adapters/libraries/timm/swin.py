@@ -27,7 +27,7 @@ from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, attention_branch
 from swinkernels.adapters.libraries.timm import _blocks
 from swinkernels.adapters.linear_layers import call_linear
-from swinkernels.adapters.microsoft_attention import why_layers_are_called
+from swinkernels.adapters.microsoft_attention import attention_layers, why_layers_are_called
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 
@@ -123,7 +123,7 @@ def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor, residual: bool) -
         return None
     p = _blocks.dropout_p(block) if _dropout_is_on(block) else 0.0
     given = {**_arguments(block), "dropout_p": p}
-    return attention_branch(block, x, _blocks.attention_layers, block._swinkernels_backend, given, residual)
+    return attention_branch(block, x, attention_layers, block._swinkernels_backend, given, residual)
 
 
 class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransformerBlock):
