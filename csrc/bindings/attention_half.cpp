@@ -22,10 +22,10 @@ Tensor fused_attention_half(Tensor x, Tensor q_weight, OptionalTensor k_weight, 
                             OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor bias_table,
                             OptionalTensor bias, OptionalTensor logit_scale, OptionalTensor region_map,
                             std::string wire, double scale, double mask_value, int64_t num_heads, bool residual,
-                            std::string norm, double eps) {
+                            std::string norm, double eps, bool by_layers) {
   check_norm(norm);
   const WindowSpec spec(wire, scale, mask_value, 0.0);
-  if (x.stride(x.dim() - 1) != 1) x = as_contiguous(x);
+  if (by_layers ? !x.is_contiguous() : x.stride(x.dim() - 1) != 1) x = as_contiguous(x);
   cpu::AttentionHalfParams p{};
   const int64_t rank = x.dim() - 2, channels = p.channels = x.size(x.dim() - 1);
   STD_TORCH_CHECK(k_weight.has_value() == v_weight.has_value(), "swinkernels: the weights of k and v come together");
@@ -51,6 +51,7 @@ Tensor fused_attention_half(Tensor x, Tensor q_weight, OptionalTensor k_weight, 
   p.norm = norm_of(norm_weight, norm_bias, norm, "pre", eps, channels);
   p.post_norm = norm_of(norm_weight, norm_bias, norm, "post", eps, channels);
   p.residual = residual;
+  p.by_layers = by_layers;
   p.threads = torch::stable::get_num_threads();
 
   p.attention.dtype = dtype_of(x);

@@ -64,7 +64,7 @@ Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor
 
 Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc2_weight, OptionalTensor fc2_bias,
                  OptionalTensor residual, OptionalTensor norm_weight, OptionalTensor norm_bias, std::string gelu,
-                 std::string norm, double eps) {
+                 std::string norm, double eps, bool by_layers) {
   check_norm(norm);
   cpu::MlpParams p{};
   p.fc1 = layer_of(fc1_weight, fc1_bias, x.size(x.dim() - 1));
@@ -72,6 +72,7 @@ Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc
   p.norm = norm_of(norm_weight, norm_bias, norm, "pre", eps, p.fc1.in_features);
   p.post_norm = norm_of(norm_weight, norm_bias, norm, "post", eps, p.fc2.out_features);
   p.activation = activation_of(gelu);
+  p.by_layers = by_layers;
   Rows rows(std::move(x), std::move(residual), p.fc2.out_features);
   rows.fill(p);
   if (p.rows > 0) cpu::mlp_forward(p, parallel_for);

@@ -11,13 +11,14 @@ namespace swinkernels::cpu {
 struct AttentionHalfParams {
   // Everything but the maps, lse and pad_qkv. There are no axis_tables, no key margin and no dropout.
   WindowAttentionForwardParams attention;
-  ConstTokenMap x;  // (B, D, H, W, channels)
-  TokenMap out;
+  ConstTokenMap x;  // (B, D, H, W, channels); contiguous if by_layers
+  TokenMap out;     // contiguous
   int64_t channels;
   bool residual;
   RowNorm norm, post_norm;
-  LinearLayer qkv[3], proj;  // q, k, v: num_heads * head_dim rows each
+  LinearLayer qkv[3], proj;  // q, k, v: num_heads * head_dim rows each, with biases that follow one another, or none
   int64_t threads;           // the number of threads that the work should keep busy
+  bool by_layers;            // compute one layer for all rows before the next one
 };
 
 void attention_half_forward(const AttentionHalfParams& params, ParallelFor parallel_for);

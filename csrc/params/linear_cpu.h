@@ -44,6 +44,16 @@ struct MlpParams {
   RowNorm norm, post_norm;
   LinearLayer fc1, fc2;
   Activation activation;
+  bool by_layers;  // compute one layer for all rows before the next one
+};
+
+// out = residual + norm(x). All rows are contiguous; out may be x.
+struct NormParams {
+  const float* x;
+  const float* residual;
+  float* out;
+  int64_t rows, channels;
+  RowNorm norm;
 };
 
 void linear_forward(const LinearParams& params, ParallelFor parallel_for);

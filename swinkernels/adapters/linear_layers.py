@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from swinkernels.adapters.bypass import child, class_of, watch, weight_and_bias, why_not_absorbed
 from swinkernels.adapters.checks import keeps_results, settled
 from swinkernels.adapters.norms import in_another_dtype
+from swinkernels.ops import _onednn
 from swinkernels.ops._fused_linear import fuses, linear, mlp
 
 # Class -> a function that returns the matching ``approximate`` argument of F.gelu ("none" or "tanh") for a module of
@@ -91,9 +92,16 @@ def is_plain_linear(name: str, layer: Any, x: Tensor) -> bool:
     return _why_not_linear(name, layer) is None and not in_another_dtype(x, layer.weight, layer.bias)
 
 
+def replaces_modules(x: Tensor) -> bool:
+    """Return True if functions compute Linear layers with the input ``x`` faster than their modules."""
+    return fuses(x) or _onednn.is_for_training(x)
+
+
 def call_linear(name: str, layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x), computed in one pass if possible."""
-    return linear(x, layer.weight, layer.bias) if fuses(x) and is_plain_linear(name, layer, x) else layer(x)
+    """Return layer(x), computed by a faster function if possible."""
+    if replaces_modules(x) and is_plain_linear(name, layer, x):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 Drop = tuple[str, Any, type[nn.Module]]
@@ -143,9 +151,9 @@ class Layers(NamedTuple):
         return WeakLayers(weakref.ref(self.fc1), weakref.ref(self.fc2), self.gelu)
 
     def by_torch(self, z: Tensor) -> Tensor:
-        """Return MLP(z) from the functions that the modules call, so that autograd records the same operations."""
-        hidden = F.gelu(F.linear(z, *weight_and_bias(self.fc1)), approximate=self.gelu)
-        return F.linear(hidden, *weight_and_bias(self.fc2))
+        """Return MLP(z) from the functions that the modules call, so that autograd saves the same tensors."""
+        hidden = F.gelu(_onednn.linear(z, *weight_and_bias(self.fc1)), approximate=self.gelu)
+        return _onednn.linear(hidden, *weight_and_bias(self.fc2))
 
 
 class WeakLayers(NamedTuple):
@@ -202,8 +210,11 @@ class Mlp:
         return self.drop is None or drops_nothing(self.drop, child(block, self.drop), self.drop_kind)
 
     def _unfused(self, block: Any, z: Tensor) -> Tensor:
-        """Return MLP(z) from torch's functions if that needs no new checks, else from the modules."""
-        if keeps_results(block):
+        """Return MLP(z) from functions if they are faster than the modules, else from the modules.
+
+        They are faster if the checks keep their results, or if oneDNN's products are.
+        """
+        if keeps_results(block) or _onednn.is_for_training(z):
             layers = self._settled_layers(block)
             if layers is not None:
                 return layers.by_torch(z)

@@ -1,7 +1,8 @@
 """Defines the op ``fused_attention_half`` of ``torch.ops.swinkernels``, for float32 inference on a CPU.
 
-The op is the attention half of a block in one pass over windows (csrc/kernels/cpu/attention_half.inl): norm, QKV,
-attention, projection and residual connection. No map between x and the result is ever written. It has no derivative.
+The op is the attention half of a block: norm, QKV, attention, projection and residual connection. It has no derivative.
+It passes over the windows once (csrc/kernels/cpu/attention_half.inl), so that no map between x and the result is ever
+written, or it runs one layer after the other (csrc/kernels/cpu/linear.cpp), if there are few windows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ define(
     "fused_attention_half(Tensor x, Tensor q_weight, Tensor? k_weight, Tensor? v_weight, Tensor? qkv_bias, "
     "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? bias_table, Tensor? bias, "
     "Tensor? logit_scale, Tensor? region_map, str spec, float scale, float mask_value, int num_heads, bool residual, "
-    "str norm, float eps) -> Tensor"
+    "str norm, float eps, bool by_layers) -> Tensor"
 )
 
 
@@ -38,15 +39,15 @@ def _refuse(*_):
 
 _OP = register("fused_attention_half", _fake, lambda ctx, tensors, others, output: None, _refuse)
 
-# A task is a group of up to 200 rows, and it reads all weights. If there are too few windows for full groups on all
-# threads, or so many channels that a group has few rows, separate ops read the weights less often.
+# In a single pass, a task is a group of up to 200 rows, and it reads all weights. Layers read the weights less often if
+# there are too few windows for full groups on all threads, or so many channels that a group has few rows. The maps
+# between the layers of many windows, however, are too large to be kept for the next call.
 _WINDOWS_PER_THREAD, _MOST_CHANNELS = 4, 768
 
 
-def takes(spec: WindowSpec, channels: int) -> bool:
-    """Return True if the op computes window attention with this spec and is worthwhile for maps of ``channels``."""
-    is_plain = spec.key_window == spec.window_size and not spec.axis_tables and spec.dropout_p == 0.0
-    return is_plain and channels <= _MOST_CHANNELS
+def takes(spec: WindowSpec) -> bool:
+    """Return True if the op computes window attention with this spec."""
+    return spec.key_window == spec.window_size and not spec.axis_tables and spec.dropout_p == 0.0
 
 
 def attention_half(
@@ -66,7 +67,8 @@ def attention_half(
     which has checked them. :func:`takes` and run_on_kernels must have returned True.
     """
     windows = x.shape[0] * math.prod(frame_size(x.shape[1:-1], spec.window_size)) // spec.volume
-    if windows < _WINDOWS_PER_THREAD * torch.get_num_threads():
+    by_layers = windows < _WINDOWS_PER_THREAD * torch.get_num_threads()
+    if x.shape[-1] > _MOST_CHANNELS and not by_layers:
         return None
     *_, region_map = tables
     if region_map is not None and region_map.dtype != torch.int32:
@@ -75,4 +77,5 @@ def attention_half(
         return _OP.overload(
             x, *(*qkv, None, None)[:3], qkv_bias, *proj, norm.weight, norm.bias, *tables,
             spec.wire(needs_lse=False), spec.scale, spec.mask_value, num_heads, residual, norm.place, norm.eps,
+            by_layers,
         )  # fmt: skip

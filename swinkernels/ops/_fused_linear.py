@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from swinkernels import _extension
+from swinkernels.ops import _onednn
 from swinkernels.ops._library import (
     PLAIN_TYPES,
     any_requires_grad,
@@ -33,6 +31,7 @@ from swinkernels.ops._library import (
     linear_dtype,
     register,
 )
+from swinkernels.ops._onednn import is_available, is_large
 
 # norm is "", "pre" (of x) or, in fused_mlp, "post" (of the result, before the residual is added).
 define(
@@ -41,7 +40,7 @@ define(
 )
 define(
     "fused_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? residual, "
-    "Tensor? norm_weight, Tensor? norm_bias, str gelu, str norm, float eps) -> Tensor"
+    "Tensor? norm_weight, Tensor? norm_bias, str gelu, str norm, float eps, bool by_layers) -> Tensor"
 )
 
 
@@ -81,24 +80,6 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     if weight is None and bias is not None:  # with only a bias, torch 2.14's second derivative is wrong or raises
         return F.layer_norm(x, x.shape[-1:], None, None, eps) + bias
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-_LOW = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-
-
-@functools.cache
-def why_not_fused(dtype: torch.dtype) -> str | None:
-    """Return the reason why fusing Linear layers of a dtype is impossible or no faster on this machine, or None."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return "torch was built without oneDNN"
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"it has been measured only on x86, not on {platform.machine()}"
-    if dtype == torch.float32:
-        name = torch.backends.cpu.get_cpu_capability()
-        return None if name.startswith("AVX") else f"in float32 it has been measured with AVX2 and AVX-512, not {name}"
-    if dtype not in _LOW:
-        return f"oneDNN has no {dtype} product"
-    return None if getattr(torch.ops.mkldnn, _LOW[dtype])() else f"oneDNN has no {dtype} product on this CPU"
 
 
 @functools.cache
@@ -159,7 +140,7 @@ def linear(
         if added is not None:
             return y
     else:
-        y = F.linear(x if norm is None else layer_norm(x, *norm[:3]), weight, bias)
+        y = _onednn.linear(x if norm is None else layer_norm(x, *norm[:3]), weight, bias)
         y = y if gelu is None else F.gelu(y, approximate=gelu)
     return y if residual is None else (residual + y).to(residual.dtype)
 
@@ -187,15 +168,14 @@ def mlp(
     :func:`linear`.
     """
     width, rows = fc1[0].shape[0], x.numel() // max(x.shape[-1], 1)
-    if _is_one_op(x, rows, fc1, fc2, residual, norm, on_kernels):
+    if on_kernels or _is_one_op(x, fc1, fc2, residual, norm):
         norm_weight, norm_bias, eps, place = norm or _NO_NORM
-        return _run(_MLP_OP, x, *fc1, *fc2, residual, norm_weight, norm_bias, gelu, place, eps)
+        channels = x.shape[-1] + fc2[0].shape[0]
+        by_layers = rows < _ROWS_PER_THREAD * torch.get_num_threads() or channels > _MOST_CHANNELS
+        return _run(_MLP_OP, x, *fc1, *fc2, residual, norm_weight, norm_bias, gelu, place, eps, by_layers)
     if norm is not None and norm.place == "post":
-        y = layer_norm(mlp(x, fc1, fc2, gelu=gelu, on_kernels=on_kernels), *norm[:3])
+        y = layer_norm(mlp(x, fc1, fc2, gelu=gelu), *norm[:3])
         return y if residual is None else (residual + y).to(residual.dtype)
-    if on_kernels:
-        hidden = linear(x, *fc1, gelu=gelu, norm=norm, on_kernels=True)
-        return linear(hidden, *fc2, residual=residual, on_kernels=True)
     is_broadcast = residual is not None and residual.shape != (*x.shape[:-1], fc2[0].shape[0])
     if rows * width * x.element_size() <= _LARGE or is_broadcast or x.device.type != "cpu" or not _is_fused(x, fc1):
         return linear(linear(x, *fc1, gelu=gelu, norm=norm), *fc2, residual=residual)
@@ -216,10 +196,10 @@ def _run(op: Any, *arguments: Any) -> Tensor:
         return op.overload(*arguments)
 
 
-# fused_mlp divides its rows into blocks of at most 128 rows, and reads all weights for each. A single Linear layer's
-# columns are divided, too, so with few rows it uses the threads better. The more channels x and the result have
+# In a single pass, fused_mlp divides its rows into blocks of at most 128 rows, and reads all weights for each. By
+# layers, the columns are divided, too, so few rows use the threads better. The more channels x and the result have
 # together, the fewer rows of them stay in the cache, and the more often the weights are read: on two threads of an AMD
-# EPYC, one op took 0.86 of the time of two for 2 * 1024 channels, and 1.5 for 2 * 1536.
+# EPYC, a single pass took 0.86 of the time of two layers for 2 * 1024 channels, and 1.5 for 2 * 1536.
 _ROWS_PER_THREAD, _MOST_CHANNELS = 256, 2048
 # glibc returns blocks of more than 32 MiB to the system when they are freed, so every call would have to map their
 # pages again. Pieces of 8 MiB are reused, and fit into most processors' last-level caches.
@@ -236,7 +216,7 @@ def fuses(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and is_plain((x,))
         and not torch.is_autocast_enabled("cpu")
-        and _is_available(x.dtype)
+        and is_available(x.dtype)
     )
 
 
@@ -249,19 +229,6 @@ def joins(x: Tensor) -> bool:
 
 
 _PLACE = frozenset([(torch.strided, torch.device("cpu"))])
-_FUNCTIONS = F.linear, F.gelu, F.layer_norm
-
-
-def _is_available(dtype: torch.dtype) -> bool:
-    return why_not_fused(dtype) is None and bool(torch.backends.mkldnn.enabled) and not _is_intercepted()
-
-
-def _is_intercepted() -> bool:
-    """Return True if a torch function mode intercepts the functions that are fused, or if one of them was replaced."""
-    if (F.linear, F.gelu, F.layer_norm) != _FUNCTIONS:
-        return True
-    modes = torch._C._len_torch_function_stack()
-    return modes > 0 and not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _are_readable(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
@@ -269,7 +236,7 @@ def _are_readable(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
     return (
         is_plain(tensors)
         and not any_requires_grad(tensors)
-        and _is_available(x.dtype)
+        and is_available(x.dtype)
         and not torch.jit.is_tracing()
         and _PLACE.issuperset((t.layout, t.device) for t in tensors if t is not None)
         and linear_dtype(x) == x.dtype
@@ -304,7 +271,7 @@ def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tenso
         is_plain(tensors)  # first, because a compiler cannot trace the others
         and _has_kernels()
         and not any_requires_grad(tensors)
-        and _is_available(x.dtype)
+        and is_available(x.dtype)
         and not torch.jit.is_tracing()
         and _has_kernels_for(x, *weights)
     )
@@ -323,14 +290,10 @@ def _are_like(x: Tensor, *tensors: Tensor | None) -> bool:
     )
 
 
-def _is_one_op(
-    x: Tensor, rows: int, fc1: Layer, fc2: Layer, residual: Tensor | None, norm: Norm | None, on_kernels: bool
-) -> bool:
-    if not on_kernels and not (x.device.type == "cpu" and is_plain((x,)) and _has_kernels()):
+def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None, norm: Norm | None) -> bool:
+    if not (x.device.type == "cpu" and is_plain((x,)) and _has_kernels()):
         return False  # first, because a compiler cannot trace the others
-    if rows < _ROWS_PER_THREAD * torch.get_num_threads() or x.shape[-1] + fc2[0].shape[0] > _MOST_CHANNELS:
-        return False
-    return on_kernels or (
+    return (
         _is_fused(x, fc1, fc2)
         and _has_kernels_for(x, fc1[0], fc2[0])
         and (residual is None or _can_be_added(residual, x, fc2[0]))
@@ -340,11 +303,3 @@ def _is_one_op(
 
 def _can_be_added(residual: Tensor, x: Tensor, weight: Tensor) -> bool:
     return residual.shape == (*x.shape[:-1], weight.shape[0]) and _are_like(x, residual)
-
-
-def is_large(x: Tensor, weight: Tensor) -> bool:
-    """Return True if fusing saves more than oneDNN's overhead (in float32 20 us per call, against 2 us of F.linear)."""
-    products = x.numel() * weight.shape[0]
-    if x.dtype == torch.float32:
-        return products >= 1 << 24
-    return products > 1 << 13 and x.numel() >= 16 * x.shape[-1]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swinkernels.ops._fused_linear import Norm, linear
 from swinkernels.ops._library import any_requires_grad, autocast_dtype, is_untraced
+from swinkernels.ops._onednn import input_gradient, parameter_gradients
 from swinkernels.ops.layer_norm import norm_and_statistics, norm_gradients, run_norm
 from swinkernels.ops.residual_layer_norm import residual_norm_gradients, run_residual
 
@@ -121,15 +122,6 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 _AS_IT_IS = contextlib.nullcontext()
 
 
-def _linear_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of a Linear layer's weight and bias, or None for one that is not needed."""
-    rows = dy.reshape(-1, dy.shape[-1])
-    dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[0] else None
-    return dweight, rows.sum(0) if needs[1] else None
-
-
 def _differentiable_backward(
     function: Callable, tensors: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
 ) -> list[Tensor | None]:
@@ -175,17 +167,17 @@ class _NormLinear(torch.autograd.Function):
             with _without_autocast(dy):
                 z, mean, rstd = norm_and_statistics(s, norm_weight, norm_bias, eps, dtype, backend)
                 weight = packed(weights)
-                dweight, dbias = _linear_gradients(dy, z, weight, (any(needs[4:]), needs[3]))
+                dweight, dbias = parameter_gradients(dy, z, (any(needs[4:]), needs[3]))
                 del z
                 dx = dbranch = None
                 of_norm: Sequence[Tensor | None] = (None, None)
                 norm = (s, norm_weight, norm_bias, mean, rstd)
                 if needs_branch:
                     dx, dbranch, *of_norm = residual_norm_gradients(
-                        ds, dy @ weight, branch_scale, *norm, needs[1:3], backend
+                        ds, input_gradient(dy, weight), branch_scale, *norm, needs[1:3], backend
                     )
                 elif any(needs[:3]):
-                    dx, *of_norm = norm_gradients(dy @ weight, *norm, needs[:3], backend)
+                    dx, *of_norm = norm_gradients(input_gradient(dy, weight), *norm, needs[:3], backend)
                     dx = dx if ds is None or dx is None else dx.add_(ds)
                 of_parameters = (*of_norm, dbias, *_rows_of(dweight, weights, needs[4:]))
         return dx if needs_x else None, dbranch, None, *of_parameters, None
@@ -223,7 +215,9 @@ class _GeluLinear(torch.autograd.Function):
         (approximate,) = ctx.others
         with _without_autocast(dy):
             activated = F.gelu(x, approximate=approximate) if needs[1] else x
-            of_linear = _linear_gradients(dy, activated, weight, needs[1:])
+            of_linear = parameter_gradients(dy, activated, needs[1:])
             del activated
-            dx = torch.ops.aten.gelu_backward(dy @ weight, x, approximate=approximate) if needs[0] else None
+            dx = None
+            if needs[0]:
+                dx = torch.ops.aten.gelu_backward(input_gradient(dy, weight), x, approximate=approximate)
         return dx, *of_linear, None

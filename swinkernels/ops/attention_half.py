@@ -14,9 +14,10 @@ from swinkernels import reference
 from swinkernels.ops import _arguments, _fused_attention
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import backend_beside, choose, norm_reasons
-from swinkernels.ops._fused_linear import Norm, fit_kernels, is_large, linear, run_on_kernels
+from swinkernels.ops._fused_linear import Norm, fit_kernels, linear, run_on_kernels
 from swinkernels.ops._halves import cast, check_half, finish, norm_parameters, scaled
 from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
+from swinkernels.ops._onednn import is_large
 from swinkernels.ops._recomputed import norm_linear, packed
 from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
 from swinkernels.window_spec import WindowSpec
@@ -139,7 +140,7 @@ def attention_half(
 
         chosen = choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
         fit = backend in ("auto", "cpu") and chosen == "torch" and fit_kernels(x, floats)
-        return number, chosen, spec if _fused_attention.takes(spec, channels) else None, fit
+        return number, chosen, spec if _fused_attention.takes(spec) else None, fit
 
     get = attention.get
     floats = (

@@ -12,10 +12,11 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, mlp_half_reasons, norm_reasons, residual_reasons
-from swinkernels.ops._fused_linear import Norm, fit_kernels, is_large, linear, mlp, run_on_kernels
+from swinkernels.ops._fused_linear import Norm, fit_kernels, linear, mlp, run_on_kernels
 from swinkernels.ops._fused_mlp import fused_mlp, lacks
 from swinkernels.ops._halves import cast, check_half, finish, norm_parameters, scaled
 from swinkernels.ops._library import Found, any_requires_grad, autocast_dtype, linear_dtype, looked_up
+from swinkernels.ops._onednn import is_large
 from swinkernels.ops._recomputed import gelu_linear, joinable_norm, norm_linear, norm_of_sum
 
 _APPROXIMATIONS = ("none", "tanh")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import swinkernels
 from swinkernels.adapters.checks import _MOST_RESULTS, Checks, keeps_results, settled
+from swinkernels.ops import _onednn
 from tests.support.instructions import instructions_of
 from tests.support.places import PLACES
 
@@ -334,10 +335,11 @@ def test_checkpointing_saves_the_same_tensors_with_and_without_kept_results(froz
     assert kept == called == counted
 
 
-# Python 3.11 runs 5,474 instructions in inference and 4,628 in training; timm's own block 2,934 and 3,013.
+# Python 3.11 runs 4,924 instructions in inference and 4,820 in training; timm's own block 2,934 and 3,013.
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other versions of Python have other instructions")
-@pytest.mark.parametrize(("is_training", "most"), [(False, 6000), (True, 5100)])
-def test_the_checks_of_a_block_are_cheap(is_training, most):
+@pytest.mark.parametrize(("is_training", "most"), [(False, 5400), (True, 5100)])
+def test_the_checks_of_a_block_are_cheap(is_training, most, monkeypatch):
+    monkeypatch.setattr(_onednn, "outruns_mkl", lambda: False)
     block = accelerated().train(is_training)
     x = torch.randn(1, 14, 14, 384)
     with torch.set_grad_enabled(is_training):

@@ -22,7 +22,7 @@ import swinkernels
 from swinkernels import _extension
 from swinkernels.adapters import linear_layers
 from swinkernels.adapters.copies.block import StructuralBlock
-from swinkernels.ops import _fused_attention, _fused_linear
+from swinkernels.ops import _fused_attention, _fused_linear, _onednn
 from tests.support import published_forms
 from tests.support.copied_code import refuse_forward
 from tests.support.fused_products import always_fused, fused_calls
@@ -71,7 +71,7 @@ def accelerated(model: nn.Module) -> nn.Module:
 @every_family
 def test_the_same_results_by_fused_products(family):
     """At least qkv, proj, fc1 and fc2 of each block are fused."""
-    reason = _fused_linear.why_not_fused(torch.float32)
+    reason = _onednn.why_not_fused(torch.float32)
     if reason is not None:
         pytest.skip(reason)
     model, x = make_model(family).float(), make_input(family).float()
@@ -83,6 +83,37 @@ def test_the_same_results_by_fused_products(family):
     assert len(called) >= 4 * len(blocks)
     expected = model(x)
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@every_family
+def test_training_on_onednn(family, monkeypatch):
+    """Where oneDNN's products are faster, it computes at least qkv, proj, fc1 and fc2 and their gradients.
+
+    In training, a copy's own code computes its MLP.
+    """
+    reason = _onednn.why_not_fused(torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(_onednn, "outruns_mkl", lambda: True)
+    monkeypatch.setattr(_onednn, "is_large", lambda x, weight: x.numel() > 0)
+    model, x = make_model(family).float(), make_input(family).float().requires_grad_()
+    fast = accelerated(model)
+    dy = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    with torch.enable_grad():
+        for each in (model, fast):
+            with fused_calls() as called:
+                each(x).backward(dy)
+            gradients.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    last = PARTS[family][1][0].split(".")[-1]
+    blocks = [path for path, _ in model.named_modules() if path.split(".")[-1] == last]
+    layers = 2 if family.startswith("copy") else 4
+    assert called.count("mkldnn::_linear_pointwise") >= 3 * layers * len(blocks)
+    expected, got = gradients
+    assert got.keys() == expected.keys()
+    largest = max(g.abs().max() for g in expected.values())
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= 1e-4 * max(gradient.abs().max(), 1e-2 * largest), name
 
 
 @every_family

@@ -103,27 +103,31 @@ CASES = [
 ]
 
 
+either = pytest.mark.parametrize("by_layers", [False, True], ids=["one pass", "by layers"])
+
+
 def as_double(x: Any) -> Any:
     if isinstance(x, tuple):
         return tuple(map(as_double, x))
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def run(positional: list[Any], options: dict[str, Any], kernels: bool = True) -> Tensor:
-    """Call attention_half without gradients: with the kernel also for a few windows, or without the kernel."""
+def run(positional: list[Any], options: dict[str, Any], kernels: bool = True, by_layers: bool = False) -> Tensor:
+    """Call attention_half without gradients: with the op, for any number of windows, or without it."""
     with (
         torch.no_grad(),
         mock.patch.object(_fused_linear, "_has_kernels", return_value=kernels),
-        mock.patch.object(_fused_attention, "_WINDOWS_PER_THREAD", 0),
+        mock.patch.object(_fused_attention, "_WINDOWS_PER_THREAD", 1 << 30 if by_layers else 0),
     ):
         return swinkernels.attention_half(*positional, **options)
 
 
+@either
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results(case: Case) -> None:
+def test_results(case: Case, by_layers: bool) -> None:
     positional, options = case.tensors()
     with fused_calls() as called:
-        y = run(positional, options)
+        y = run(positional, options, by_layers=by_layers)
     assert called == ["swinkernels::fused_attention_half"] * 2
     weight = positional[3]
     wide = [as_double(torch.cat(weight) if isinstance(t, tuple) else t) for t in positional]
@@ -134,7 +138,8 @@ def test_results(case: Case) -> None:
         torch.testing.assert_close(y, exact.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_results_do_not_depend_on_threads_or_other_images() -> None:
+@either
+def test_results_do_not_depend_on_threads_or_other_images(by_layers: bool) -> None:
     """The number of windows in a group, and thus each row's place in a panel, depends on threads and batch."""
     before = torch.get_num_threads()
     # 24 windows of 49 tokens and 27 of 30; with one thread, the last group of the latter has 3 windows instead of 6.
@@ -145,8 +150,9 @@ def test_results_do_not_depend_on_threads_or_other_images() -> None:
             results = []
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
-                results.append(run(positional, options))
-                assert torch.equal(torch.cat([run([one, *rest], options) for one in x.split(1)]), results[0])
+                results.append(run(positional, options, by_layers=by_layers))
+                alone = [run([one, *rest], options, by_layers=by_layers) for one in x.split(1)]
+                assert torch.equal(torch.cat(alone), results[0])
         finally:
             torch.set_num_threads(before)
         assert all(torch.equal(result, results[0]) for result in results)
@@ -160,45 +166,49 @@ def behind_an_offset(x: Tensor) -> Tensor:
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
+@either
 @pytest.mark.parametrize(
     "placed", [every_second, behind_an_offset, lambda x: x.transpose(0, -1).clone().transpose(0, -1)]
 )
-def test_any_strides(placed: Any) -> None:
+def test_any_strides(placed: Any, by_layers: bool) -> None:
     for case in (Case((13, 9), (4, 4), others=(("shift_size", 2),)), Case((8, 8), (4, 4), bias="dense", separate=True)):
         positional, options = case.tensors()
-        expected = run(positional, options)
+        expected = run(positional, options, by_layers=by_layers)
         moved = [
             tuple(map(placed, t)) if isinstance(t, tuple) else placed(t) if isinstance(t, Tensor) else t
             for t in positional
         ]
         others = {name: placed(value) if isinstance(value, Tensor) else value for name, value in options.items()}
-        y = run(moved, others)
+        y = run(moved, others, by_layers=by_layers)
         assert y.is_contiguous()
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
         cut = [torch.cat([positional[0], positional[0]], -1)[..., :24], *positional[1:]]  # rows are 48 apart
-        assert torch.equal(run(cut, options), expected)
+        assert torch.equal(run(cut, options, by_layers=by_layers), expected)
 
 
-def test_special_values() -> None:
+@either
+def test_special_values(by_layers: bool) -> None:
     """NaN and infinities affect only the windows that contain them, and huge scores do not overflow."""
     positional, options = CASES[0].tensors()
-    expected = run(positional, options)
+    expected = run(positional, options, by_layers=by_layers)
     x = positional[0]
     x[0, 3, 3, 5], x[1, 13, 20, 0] = torch.nan, torch.inf  # with a shift of 3, in windows of rows and columns 3-9, ...
-    y = run(positional, options)
+    y = run(positional, options, by_layers=by_layers)
     assert y[0, 3:10, 3:10].isnan().all()
     assert torch.equal(y[0, 10:], expected[0, 10:])
     assert torch.equal(y[1, 3:10, 3:17], expected[1, 3:10, 3:17])
     positional, options = CASES[0].tensors()
     positional[3] = positional[3] * 1e4
     exact = reference.attention_half(*map(as_double, positional), **options)
-    assert (run(positional, options) - exact).abs().max() < 1e-6 * exact.abs().max()
+    y = run(positional, options, by_layers=by_layers)
+    assert (y - exact).abs().max() < 1e-6 * exact.abs().max()
 
 
-def test_an_empty_batch() -> None:
+@either
+def test_an_empty_batch(by_layers: bool) -> None:
     positional, options = CASES[0].tensors()
     positional[0] = positional[0][:0]
-    assert run(positional, options).shape == (0, 14, 21, 24)
+    assert run(positional, options, by_layers=by_layers).shape == (0, 14, 21, 24)
 
 
 # x, q, k, v, qkv bias, proj, proj bias, norm weight, norm bias, bias table, bias, logit_scale and region map, and the
@@ -208,7 +218,8 @@ def arguments_of_op() -> list[Any]:
     x, norm_weight, norm_bias, qkv, qkv_bias, *proj, table = positional
     tables = [table, None, options["logit_scale"], options["region_map"][None]]
     return [
-        x, *qkv, qkv_bias, *proj, norm_weight, norm_bias, *tables, "window_size=4,4", 1.0, -100.0, 3, True, "pre", 1e-5
+        x, *qkv, qkv_bias, *proj, norm_weight, norm_bias, *tables, "window_size=4,4", 1.0, -100.0, 3, True, "pre", 1e-5,
+        False,
     ]  # fmt: skip
 
 
@@ -262,6 +273,20 @@ def test_opcheck_and_no_derivative() -> None:
         OP(*arguments).sum().backward()
 
 
+def test_which_calls_are_by_layers() -> None:
+    """Those of few windows."""
+    before = torch.get_num_threads()
+    try:
+        for windows, threads, expected in ((8, 2, False), (7, 2, True), (7, 1, False), (3, 1, True)):
+            torch.set_num_threads(threads)
+            case = Case((4, 4 * windows), (4, 4), batch=1)
+            with mock.patch.object(_fused_attention._OP, "overload", wraps=_fused_attention._OP.overload) as op:
+                assert is_one_op(*case.tensors())
+            assert op.call_args.args[-1] is expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def is_one_op(positional: list[Any], options: dict[str, Any]) -> bool:
     with mock.patch.object(_fused_linear, "_has_kernels", return_value=True), torch.no_grad(), fused_calls() as called:
         swinkernels.attention_half(*positional, **options)
@@ -284,7 +309,6 @@ def test_which_calls_are_one_op() -> None:
         has_table = not {"axis_tables", "key_window"} & {*other}
         given = [*positional[:-1], positional[-1] if has_table else None]
         assert not is_one_op(given, {**options, **other}), other
-    assert not is_one_op(*Case((8, 8), (8, 8)).tensors())  # too few windows
     assert not is_one_op(*Case((32, 32), (4, 4), channels=1024, heads=2, head_dim=2).tensors())
     for i, value in ((3, positional[3].t().contiguous().t()), (7, positional[7].double())):
         assert not is_one_op([*positional[:i], value, *positional[i + 1 :]], options)
@@ -322,9 +346,10 @@ def test_a_replaced_layer_norm_is_called(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_instruction_set(name: str) -> None:
     code = """
 from tests.cpu import test_attention_half as tests
-for case in tests.CASES:
-    tests.test_results(case)
-tests.test_results_do_not_depend_on_threads_or_other_images()
-tests.test_special_values()
+for by_layers in (False, True):
+    for case in tests.CASES:
+        tests.test_results(case, by_layers)
+    tests.test_results_do_not_depend_on_threads_or_other_images(by_layers)
+    tests.test_special_values(by_layers)
 """
     instruction_sets.check_with(name, code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -41,8 +42,11 @@ def fused_linear(x, weight, bias, residual, gelu, norm: Norm = NO_NORM) -> Tenso
     return OPS.fused_linear(x, weight, bias, residual, *norm[:2], gelu, *norm[2:])
 
 
-def fused_mlp(x, w1, b1, w2, b2, residual, gelu, norm: Norm = NO_NORM) -> Tensor:
-    return OPS.fused_mlp(x, w1, b1, w2, b2, residual, *norm[:2], gelu, *norm[2:])
+def fused_mlp(x, w1, b1, w2, b2, residual, gelu, norm: Norm = NO_NORM, by_layers: bool = False) -> Tensor:
+    return OPS.fused_mlp(x, w1, b1, w2, b2, residual, *norm[:2], gelu, *norm[2:], by_layers)
+
+
+MLPS = (fused_mlp, functools.partial(fused_mlp, by_layers=True))
 
 
 def normed(x: Tensor, norm: Norm, place: str) -> Tensor:
@@ -104,7 +108,8 @@ def test_mlp(rows, gelu):
         x, residual = draw(rows, of, seed=3), draw(rows, into, seed=4)
         odd = (of + hidden + into) % 2 == 1
         biases = (b1, None) if odd else (None, b2)
-        check(fused_mlp, plain_mlp, x, w1, biases[0], w2, biases[1], residual if odd else None, gelu)
+        for mlp in MLPS:
+            check(mlp, plain_mlp, x, w1, biases[0], w2, biases[1], residual if odd else None, gelu)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -114,8 +119,8 @@ def test_norms(rows):
         x = draw(rows, of, seed=3) * 3 + 5
         check(fused_linear, plain_linear, x, weight, bias, None, "none", norm_of(of, "pre", seed))
         w2, b2 = layer(into, of, seed=5)
-        for place in ("pre", "post"):
-            check(fused_mlp, plain_mlp, x, weight, bias, w2, b2, x, "none", norm_of(of, place, seed))
+        for mlp, place in itertools.product(MLPS, ("pre", "post")):
+            check(mlp, plain_mlp, x, weight, bias, w2, b2, x, "none", norm_of(of, place, seed))
 
 
 def test_norm_of_equal_values():
@@ -135,7 +140,18 @@ def test_large():
         x = draw(rows, of)
         check(fused_linear, plain_linear, x, weight, bias, None, "none")
         w2, b2 = layer(into, of, seed=2)
-        check(fused_mlp, plain_mlp, x, weight, bias, w2, b2, x, "none")
+        for mlp in MLPS:
+            check(mlp, plain_mlp, x, weight, bias, w2, b2, x, "none")
+
+
+def test_layers_of_many_rows():
+    """A hidden layer of more than 8 MiB is computed in pieces of rows."""
+    (w1, b1), (w2, b2) = layer(8, 1500, seed=1), layer(1500, 8, seed=5)
+    x = draw(3000, 8)
+    for norm in (NO_NORM, norm_of(8, "pre"), norm_of(8, "post")):
+        y = check(MLPS[1], plain_mlp, x, w1, b1, w2, b2, x, "none", norm)
+        few = MLPS[1](x[2000:2005], w1, b1, w2, b2, x[2000:2005], "none", norm)
+        assert torch.equal(y[2000:2005], few)
 
 
 def behind_an_offset(x: Tensor) -> Tensor:
@@ -150,9 +166,10 @@ def test_strides_and_leading_axes():
     wide = torch.stack([w1, -w1], 1).flatten(1)[:, :24]  # rows are 48 apart
     for weight in (w1, wide, w1.t().contiguous().t(), behind_an_offset(w1)):
         bias = torch.stack([b1, -b1], 1)[:, 0]
-        y = fused_mlp(x, weight, bias, w2, b2, residual, "tanh")
-        assert y.is_contiguous()
-        torch.testing.assert_close(y, plain_mlp(x, weight, bias, w2, b2, residual, "tanh"))
+        for mlp in MLPS:
+            y = mlp(x, weight, bias, w2, b2, residual, "tanh")
+            assert y.is_contiguous()
+            torch.testing.assert_close(y, plain_mlp(x, weight, bias, w2, b2, residual, "tanh"))
         torch.testing.assert_close(fused_linear(x, weight, bias, None, ""), F.linear(x, weight, bias))
     assert fused_linear(x[0, 0, 0], w1, b1, None, "").shape == (40,)
 
@@ -161,11 +178,12 @@ def test_nothing():
     """Without rows the result is empty; without input or hidden channels it is the bias."""
     weight, bias = layer(8, 4, seed=1)
     assert fused_linear(draw(0, 8), weight, bias, None, "").shape == (0, 4)
-    assert fused_mlp(draw(3, 0, 8), weight, bias, weight.t(), None, None, "none").shape == (3, 0, 8)
+    for mlp in MLPS:
+        assert mlp(draw(3, 0, 8), weight, bias, weight.t(), None, None, "none").shape == (3, 0, 8)
+        y = mlp(draw(3, 8), weight[:0], None, weight[:, :0], bias, None, "none")
+        torch.testing.assert_close(y, bias.expand(3, 4))
     assert fused_linear(draw(3, 8), weight[:0], None, None, "").shape == (3, 0)
     torch.testing.assert_close(fused_linear(draw(3, 0), weight[:, :0], bias, None, ""), bias.expand(3, 4))
-    y = fused_mlp(draw(3, 8), weight[:0], None, weight[:, :0], bias, None, "none")
-    torch.testing.assert_close(y, bias.expand(3, 4))
 
 
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
@@ -207,7 +225,7 @@ def test_results_do_not_depend_on_threads_or_other_rows():
         z = x[rows]
         norms = [NO_NORM, norm_of(96, "pre"), norm_of(96, "post")]
         linears = [fused_linear(z, w1, b1, None, "none", norm) for norm in norms[:2]]
-        return linears + [fused_mlp(z, w1, b1, w2, b2, z, "none", norm) for norm in norms]
+        return linears + [mlp(z, w1, b1, w2, b2, z, "none", norm) for mlp in MLPS for norm in norms]
 
     before = torch.get_num_threads()
     try:
@@ -267,7 +285,9 @@ def test_opcheck():
     of_linear = (x, w1, b1, None, None, None, "none", "pre", 1e-5)
     torch.library.opcheck(OPS.fused_linear.default, of_linear, test_utils=names)
     torch.library.opcheck(
-        OPS.fused_mlp.default, (x, w1, b1, w2, b2, x, draw(24), draw(24), "tanh", "post", 1e-5), test_utils=names
+        OPS.fused_mlp.default,
+        (x, w1, b1, w2, b2, x, draw(24), draw(24), "tanh", "post", 1e-5, True),
+        test_utils=names,
     )
 
 

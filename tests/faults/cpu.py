@@ -10,6 +10,7 @@ _LINEAR = "csrc/kernels/cpu/linear.inl"
 _PANELS = "csrc/kernels/cpu/panels.inl"
 _LINEAR_TESTS = "tests/cpu/test_linear.py::"
 _HALF = "csrc/kernels/cpu/attention_half.inl"
+_LAYERS = "csrc/kernels/cpu/linear.cpp"
 _HALF_TESTS = "tests/cpu/test_attention_half.py::"
 _FORMS = "tests/ops/test_axis_tables_and_key_windows.py::test_the_cpu_kernels"
 
@@ -192,6 +193,18 @@ FAULTS = {
         _HALF,
         "s.bias.block(s.bias_types[w], head, b)",
         "s.bias.block(s.window.bias_type, head, b)",
+        _HALF_TESTS + "test_results",
+    ),
+    "cpu-layers-of-later-rows-add-the-first-residual": Fault(
+        _LAYERS,
+        "nullptr : p.residual + first * out;",
+        "nullptr : p.residual;",
+        _LINEAR_TESTS + "test_layers_of_many_rows",
+    ),
+    "cpu-layers-of-a-half-without-pad-qkv": Fault(
+        _LAYERS,
+        "attention.pad_qkv = p.qkv[0].bias;",
+        "attention.pad_qkv = nullptr;",
         _HALF_TESTS + "test_results",
     ),
     "bindings-half-weight-of-q-for-all": Fault(

@@ -71,8 +71,8 @@ def test_linear_layers(gelu: str) -> None:
     for name, *arguments in (
         ("fused_linear", x, fc1, bias, None, None, None, gelu, "", 0.0),
         ("fused_linear", x, fc2.t()[:6], None, residual, fc2[:, 0], fc2[:, 1], gelu, "pre", 1e-3),
-        ("fused_mlp", x, fc1, bias, fc2, None, residual, fc2[:, 0], None, gelu, "pre", 1e-3),
-        ("fused_mlp", x, fc1, bias, fc2, None, residual, None, fc2[:, 1], gelu, "post", 1e-3),
+        ("fused_mlp", x, fc1, bias, fc2, None, residual, fc2[:, 0], None, gelu, "pre", 1e-3, False),
+        ("fused_mlp", x, fc1, bias, fc2, None, residual, None, fc2[:, 1], gelu, "post", 1e-3, True),
     ):
         torch.testing.assert_close(decomposed(name, *arguments), getattr(ops, name)(*arguments))
 
@@ -83,7 +83,7 @@ def test_attention_half(norm: str) -> None:
     """The decomposition equals the CPU kernel."""
     x, q, k, v, bias = (torch.randn(s) for s in ((2, 5, 6, 12), (8, 12), (8, 12), (8, 12), (24,)))
     proj, table, logit_scale, of_norm = (torch.randn(s) for s in ((12, 8), (15, 2), (2,), (12,)))
-    rest = "window_size=2,3;shift_size=1,0", 0.3, -100.0, 2, norm != "", norm, 1e-3
+    rest = "window_size=2,3;shift_size=1,0", 0.3, -100.0, 2, norm != "", norm, 1e-3, norm == "post"
     for weights, tables in (
         ((torch.cat([q, k, v]), None, None), (table, None, None, None)),
         ((q, k, v), (None, torch.randn(2, 6, 6), logit_scale, None)),

@@ -49,7 +49,7 @@ def test_linear_layers_count_as_torchs() -> None:
     for call in (
         lambda: torch.ops.swinkernels.fused_linear(x, fc1, None, None, None, None, "none", "", 0.0),
         lambda: F.gelu(F.linear(x, fc1)),
-        lambda: torch.ops.swinkernels.fused_mlp(x, fc1, None, fc2, None, None, None, None, "none", "", 0.0),
+        lambda: torch.ops.swinkernels.fused_mlp(x, fc1, None, fc2, None, None, None, None, "none", "", 0.0, False),
         lambda: F.linear(F.gelu(F.linear(x, fc1)), fc2),
     ):
         with FlopCounterMode(display=False) as counter:
@@ -64,7 +64,7 @@ def test_attention_half_counts_as_its_parts() -> None:
     counts = []
     for weights in ((qkv, None, None), qkv.chunk(3)):
         with FlopCounterMode(display=False) as counter:
-            arguments = (*weights, None, proj, *(None,) * 7, "window_size=4,4", 0.3, -100.0, 2, True, "pre", 1e-5)
+            arguments = (*weights, None, proj, *(None,) * 7, "window_size=4,4", 0.3, -100.0, 2, True, "pre", 1e-5, True)
             torch.ops.swinkernels.fused_attention_half(x, *arguments)
         counts.append(counter.get_total_flops())
     with FlopCounterMode(display=False) as counter:

@@ -14,15 +14,20 @@ from torch.overrides import TorchFunctionMode
 
 import swinkernels
 from swinkernels import _extension
-from swinkernels.ops import _fused_linear
+from swinkernels.ops import _fused_linear, _onednn
 from swinkernels.testing import assert_within_budget
 from tests.support.fused_products import fused_calls
 
 ROWS, IN, OUT = (3, 7, 25), 40, 900  # large enough to be fused in each dtype
 
 
+@pytest.fixture(autouse=True)
+def trains_on_torchs_products(monkeypatch) -> None:
+    monkeypatch.setattr(_onednn, "outruns_mkl", lambda: False)
+
+
 def need_fused(dtype: torch.dtype) -> None:
-    reason = _fused_linear.why_not_fused(dtype)
+    reason = _onednn.why_not_fused(dtype)
     if reason is not None:
         pytest.skip(reason)
 
@@ -113,7 +118,7 @@ def test_which_calls_are_fused():
 
 
 def test_which_calls_use_the_kernels(monkeypatch):
-    """One row, weights with other strides and MLPs of many channels are left to oneDNN or to two ops."""
+    """One row and weights with other strides are left to oneDNN; MLPs of many channels are computed by layers."""
     need_fused(torch.float32)
     if _extension.error is not None:
         pytest.skip(_extension.error)
@@ -132,12 +137,11 @@ def test_which_calls_use_the_kernels(monkeypatch):
     assert ops(x, narrow.t(), bias) == ["mkldnn"]
     assert ops(one_row, torch.randn(6000, 4000), None) == ["mkldnn"]
     of_mlp = {"function": _fused_linear.mlp, "gelu": "none"}
-    with mock.patch.object(_fused_linear, "_LINEAR_OP") as op:
-        op.overload.side_effect = AssertionError("not one op")
-        assert ops(x, (weight, bias), (narrow, None), **of_mlp) == ["swinkernels"] * 2
-        wide = torch.randn(OUT + 1, OUT)
-        with pytest.raises(AssertionError, match="not one op"):
-            ops(x, (weight, bias), (wide, None), **of_mlp)
+    op = _fused_linear._MLP_OP
+    for fc2, by_layers in ((narrow, False), (torch.randn(OUT + 1, OUT), True)):
+        with mock.patch.object(op, "overload", wraps=op.overload) as called:
+            assert ops(x, (weight, bias), (fc2, None), **of_mlp) == ["swinkernels"] * 2
+        assert called.call_args.args[-1] is by_layers
     assert ops(x, (weight, bias), (weight.t(), None), **of_mlp) == ["swinkernels", "mkldnn"]
 
 
@@ -190,7 +194,7 @@ def test_float32_is_float32_until_torch_is_told_otherwise(either):
 @pytest.mark.parametrize("is_added", [True, False])
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
 def test_mlp_in_one_op(monkeypatch, gelu, is_added):
-    """With the extension's kernels, an MLP of many rows is one op; with few rows it is two."""
+    """With the extension's kernels, an MLP is one op, which computes few rows layer by layer."""
     need_fused(torch.float32)
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: _extension.error is None)
     if _extension.error is not None:
@@ -204,11 +208,13 @@ def test_mlp_in_one_op(monkeypatch, gelu, is_added):
         x, fc1, bias, fc2, residual = tensors
         return plain(plain(x, fc1, bias, gelu, None), fc2, None, None, residual)
 
-    for rows, expected in ((0, ["swinkernels::fused_mlp"] * 2), (1 << 40, ["swinkernels::fused_linear"] * 2)):
+    op = _fused_linear._MLP_OP
+    for rows in (0, 1 << 40):
         monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", rows)
-        with fused_calls() as called:
+        with mock.patch.object(op, "overload", wraps=op.overload) as called, fused_calls() as names:
             y = _fused_linear.mlp(x, (fc1, bias), (tensors[3], None), gelu=gelu, residual=tensors[4])
-        assert called == expected
+        assert names == ["swinkernels::fused_mlp"] * 2
+        assert called.call_args.args[-1] is (rows > 0)
         exact = composed(*(t if t is None else t.double() for t in tensors))
         assert_within_budget(y, exact, lambda: composed(*tensors))
 

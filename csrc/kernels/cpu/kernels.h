@@ -10,6 +10,8 @@
 
 namespace swinkernels::cpu {
 
+inline int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
+
 // Returns the factor of a head's q k^T: the scale or, in v2, exp(min(logit_scale, ln 100)).
 float score_factor(const WindowAttentionForwardParams&, int64_t head);
 
@@ -62,6 +64,7 @@ struct Kernels {
   WindowAttentionKernels window_attention;
   TaskKernel<LinearParams> linear;
   TaskKernel<MlpParams> mlp;
+  TaskKernel<NormParams> norm;
   TaskKernel<AttentionHalfParams> attention_half;
 };
 

@@ -334,8 +334,32 @@ void mlp_as(const MlpParams& p, int64_t* next, void* memory) {
   }
 }
 
+// ---- The layer norm of rows ----
+
+float* norm_panel(const NormParams& p, Arena& arena) {
+  return arena.take<float>(round_up(p.channels, kLanes) * kLanes);
+}
+
+// A task is a vector of rows.
+void norm(const NormParams& p, int64_t* next, void* memory) {
+  Arena arena(memory);
+  float* panel = norm_panel(p, arena);
+  for (;;) {
+    const int64_t first = kLanes * __atomic_fetch_add(next, 1, __ATOMIC_RELAXED), channels = p.channels;
+    if (first >= p.rows) return;
+    const int64_t rows = smaller(kLanes, p.rows - first);
+    pack([&](int64_t r) { return p.x + (first + r) * channels; }, rows, channels, panel, kLanes);
+    normalise(p.norm, channels, kLanes, panel, kLanes);
+    unpack<Activation::kNone>({}, 0, channels, panel, kLanes, rows, [&](int64_t r) {
+      const int64_t at = (first + r) * channels;
+      return Place{p.out + at, p.residual == nullptr ? nullptr : p.residual + at};
+    });
+  }
+}
+
 // ---- The interface ----
 
+int64_t norm_tasks(const NormParams& p) { return (p.rows + kLanes - 1) / kLanes; }
 int64_t linear_tasks(const LinearParams& p) { return LinearTasks(p).count; }
 int64_t mlp_tasks(const MlpParams& p) { return mlp_blocks(p).count; }
 
@@ -348,6 +372,12 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
 int64_t mlp_scratch_bytes(const MlpParams& p) {
   Arena arena(nullptr);
   MlpScratch(p, mlp_blocks(p), arena);
+  return arena.bytes();
+}
+
+int64_t norm_scratch_bytes(const NormParams& p) {
+  Arena arena(nullptr);
+  norm_panel(p, arena);
   return arena.bytes();
 }
 

@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -53,9 +52,30 @@ InstructionSet choose() {
                               "), got " + asked);
 }
 
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+void* allocate(int64_t bytes) { return ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64}); }
+void release(void* p) { ::operator delete(p, std::align_val_t{64}); }
+
+// Memory that grows and is freed at the end of the thread.
+class Kept {
+ public:
+  ~Kept() { release(data_); }
+  void* at_least(int64_t bytes) {
+    if (capacity_ < bytes) {
+      release(data_);
+      data_ = nullptr;
+      capacity_ = 0;
+      data_ = allocate(bytes);
+      capacity_ = bytes;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t capacity_ = 0;
 };
+
+constexpr int64_t kMostKept = 16 << 20;
 
 }  // namespace
 
@@ -80,15 +100,17 @@ const Kernels& kernels() {
 const char* instruction_set() { return name(chosen_instruction_set()); }
 
 void* scratch(int64_t bytes) {
-  thread_local std::unique_ptr<void, AlignedDelete> memory;
-  thread_local int64_t capacity = 0;
-  if (capacity < bytes) {
-    memory.reset();
-    capacity = 0;
-    memory.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64}));
-    capacity = bytes;
-  }
-  return memory.get();
+  thread_local Kept memory;
+  return memory.at_least(bytes);
+}
+
+MapMemory::MapMemory(int64_t bytes) : is_kept_(bytes <= kMostKept) {
+  thread_local Kept memory;
+  data_ = is_kept_ ? memory.at_least(bytes) : allocate(bytes);
+}
+
+MapMemory::~MapMemory() {
+  if (!is_kept_) release(data_);
 }
 
 }  // namespace swinkernels::cpu

@@ -16,6 +16,21 @@ InstructionSet chosen_instruction_set();
 // allocated memory would take longer than the computation.
 void* scratch(int64_t bytes);
 
+// 64-byte aligned memory for the maps between the steps of a call, which all threads may access. The calling thread
+// keeps small memory between calls, so only one object exists at a time.
+class MapMemory {
+ public:
+  explicit MapMemory(int64_t bytes);
+  ~MapMemory();
+  MapMemory(const MapMemory&) = delete;
+  MapMemory& operator=(const MapMemory&) = delete;
+  float* data() const { return static_cast<float*>(data_); }
+
+ private:
+  void* data_;
+  bool is_kept_;
+};
+
 // Calls body(begin, end) in parallel for ranges that together cover [0, tasks).
 template <class Body>
 void run(ParallelFor parallel_for, int64_t tasks, Body body) {

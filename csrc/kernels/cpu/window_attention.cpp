@@ -9,8 +9,6 @@
 namespace swinkernels::cpu {
 namespace {
 
-int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
-
 // ln 100, to which v2's logit_scale is clamped.
 constexpr double kMaxLogitScale = 4.605170185988092;
 

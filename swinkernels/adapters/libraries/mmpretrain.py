@@ -237,11 +237,11 @@ def _why_not_drop_path(ffn: Any, training: bool | None) -> str | None:
 def _ffn(block: Any, z: Tensor, s: Tensor | None = None) -> Tensor:
     """Return FFN(z), or s + FFN(z) if ``s`` is given."""
     ffn = child(block, "ffn")
-    drops = s is None and _why_not_drop_path(ffn, None) is not None
-    if linear_layers.fuses(z) and not drops and _why_not_layers(ffn, s is not None) is None:
-        y = _MLP.fused(ffn, z, s)
-        if y is not None:
-            return y
+    if linear_layers.replaces_modules(z) and _why_not_layers(ffn, s is not None) is None:
+        if s is not None:
+            return _MLP.added(ffn, s, z)
+        if _why_not_drop_path(ffn, None) is None:
+            return _MLP.branch(ffn, z)
     return ffn(z) if s is None else ffn(z, identity=s)
 
 

@@ -1,0 +1,223 @@
+"""Tests Linear layers in float32 training whose products oneDNN computes, on any machine that has oneDNN."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from swinkernels.ops import _onednn
+from swinkernels.testing import assert_within_budget
+from tests.support.fused_products import fused_calls
+
+ROWS, NARROW, WIDE = (3, 7, 5), 24, 40
+
+
+@pytest.fixture(autouse=True)
+def on_onednn(monkeypatch) -> None:
+    """Treat every machine as one where oneDNN outruns MKL, and every layer as large."""
+    reason = _onednn.why_not_fused(torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(_onednn, "outruns_mkl", lambda: True)
+    monkeypatch.setattr(_onednn, "is_large", lambda x, weight: x.numel() > 0)
+
+
+def draw(into: int = NARROW, out: int = WIDE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a random x, weight, bias and gradient of the result."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((*ROWS, into), (out, into), (out,), (*ROWS, out))
+    x, weight, bias, dy = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x, weight, bias, dy
+
+
+def products(function: Callable[[], Any]) -> int:
+    """Return the number of products that oneDNN computes in a call of ``function``."""
+    with fused_calls() as called:
+        function()
+    return called.count("mkldnn::_linear_pointwise")
+
+
+def results(function: Callable[..., Tensor], tensors: list[Tensor | None], dy: Tensor) -> list[Tensor | None]:
+    """Return the output and the gradients of all tensors that require one."""
+    leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+    y = function(*leaves)
+    y.backward(dy)
+    return [y.detach(), *(None if t is None else t.grad for t in leaves)]
+
+
+@pytest.mark.parametrize(("into", "out"), [(NARROW, WIDE), (WIDE, NARROW), (NARROW, NARROW)])
+@pytest.mark.parametrize("learns", [*itertools.product((True, False), repeat=3)][:-1])
+def test_output_and_every_gradient(into, out, learns):
+    x, weight, bias, dy = draw(into, out)
+    given = [t.requires_grad_(needs) for t, needs in zip((x, weight, bias), learns, strict=True)]
+    found: list[Any] = []
+    # One product for the output and one for each of the gradients of x and the weight.
+    assert products(lambda: found.extend(results(_onednn.linear, given, dy))) == 1 + learns[0] + learns[1]
+    exact = results(F.linear, [t.double().requires_grad_(t.requires_grad) for t in given], dy.double())
+    plain = results(F.linear, given, dy)
+    for got, wide, single in zip(found, exact, plain, strict=True):
+        assert (got is None) == (wide is None)
+        if got is not None:
+            assert got.dtype == torch.float32 and got.is_contiguous()
+            assert_within_budget(got, wide, lambda single=single: single)
+
+
+def test_without_a_bias():
+    x, weight, _, dy = draw()
+    found = results(_onednn.linear, [x.requires_grad_(), weight.requires_grad_(), None], dy)
+    exact = results(F.linear, [x.double().requires_grad_(), weight.double().requires_grad_(), None], dy.double())
+    assert found[3] is None
+    for got, wide in zip(found[:3], exact[:3], strict=True):
+        torch.testing.assert_close(got, wide.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_any_strides():
+    """oneDNN itself would read a strided bias as if it were contiguous."""
+    x, weight, bias, dy = draw()
+    strided = [
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.t().contiguous().t(),
+        torch.stack([bias, -bias], 1)[:, 0],
+    ]
+    rows_apart = torch.cat([weight, -weight], 1)[:, :NARROW]
+    expanded = bias[:1].expand(WIDE)
+    for of_weight, of_bias in itertools.product((strided[1], rows_apart), (strided[2], expanded)):
+        for of_result in (dy, dy[:1, :1, :1, :1].expand(*ROWS, WIDE), dy.transpose(0, 2).contiguous().transpose(0, 2)):
+            given = [t.detach().requires_grad_() for t in (strided[0], of_weight, of_bias)]
+            y, expected = _onednn.linear(*given), F.linear(*given)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            got, wanted = (torch.autograd.grad(out, given, of_result) for out in (y, expected))
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-5)
+
+
+def test_gradients_of_gradients():
+    x, weight, bias, dy = (t.requires_grad_() for t in draw())
+
+    def second(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(x, weight, bias).square(), (x, weight, bias), dy, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight, bias, dy))
+
+    torch.testing.assert_close(second(_onednn.linear), second(F.linear), rtol=1e-4, atol=1e-2)
+
+
+def saved_by(function: Callable[..., Tensor], *tensors: Tensor) -> list[int]:
+    """Return the storages of the tensors that autograd saves."""
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*tensors)
+    return sorted(saved)
+
+
+@pytest.mark.parametrize("learns", [*itertools.product((True, False), repeat=3)][:-1])
+def test_autograd_saves_what_it_saves_for_torchs(learns):
+    given = [t.requires_grad_(needs) for t, needs in zip(draw()[:3], learns, strict=True)]
+    assert saved_by(_onednn.linear, *given) == saved_by(F.linear, *given)
+
+
+def test_a_flop_counter_counts_all_products():
+    x, weight, bias, dy = draw()
+    given = (x.requires_grad_(), weight.requires_grad_(), bias)
+    with FlopCounterMode(display=False) as counter:
+        _onednn.linear(*given).backward(dy)
+    assert counter.get_total_flops() == 3 * 2 * x.numel() * WIDE
+    with FlopCounterMode(display=False) as counter:
+        y = checkpoint(_onednn.linear, *given, use_reentrant=False)  # only the first forward pass runs in the mode
+    y.backward(dy)
+    assert counter.get_total_flops() == 2 * x.numel() * WIDE
+
+
+class Doubles(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is F.linear else result
+
+
+def test_which_calls_are_torchs(monkeypatch):
+    x, weight, bias, _ = draw()
+    weight.requires_grad_()
+
+    def count(*tensors: Tensor | None) -> int:
+        return products(lambda: _onednn.linear(*tensors))
+
+    assert count(x, weight, bias) == count(x[0, 0], weight, None) == 1
+    assert count(x[:0], weight, bias) == count(x[0, 0, 0], weight, bias) == 0
+    assert count(x, weight.detach(), bias) == 0  # inference has other functions
+    assert count(x.double(), weight.double(), bias.double()) == count(x.bfloat16(), weight.bfloat16(), None) == 0
+    with torch.no_grad():
+        assert count(x, weight, bias) == 0
+    with torch.autocast("cpu"):
+        assert count(x, weight, bias) == 0
+        assert _onednn.linear(x, weight, bias).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert count(x, weight, bias) == 0
+    twice = 2 * F.linear(x, weight, bias)
+    with Doubles():
+        assert count(x, weight, bias) == 0
+        torch.testing.assert_close(_onednn.linear(x, weight, bias), twice)
+    of_weight = torch.func.grad(lambda w: _onednn.linear(x, w, bias).sum())(weight.detach())
+    torch.testing.assert_close(of_weight, x.sum((0, 1, 2)).expand(WIDE, NARROW), rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(_onednn.linear, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))
+    monkeypatch.setattr(_onednn, "outruns_mkl", lambda: False)
+    assert count(x, weight, bias) == 0
+
+
+def test_backward_under_a_mode_that_is_not_forwards():
+    """The backward pass decides again."""
+    x, weight, bias, dy = draw()
+    y = _onednn.linear(x.requires_grad_(), weight, bias)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert products(lambda: y.backward(dy)) == 0
+    torch.testing.assert_close(x.grad, dy @ weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, weight, bias: (x[..., 1:], weight, bias),
+        lambda x, weight, bias: (x, weight, bias[1:]),
+        lambda x, weight, bias: (x, weight.double(), bias),
+        lambda x, weight, bias: (x, weight[None, None], bias),
+        lambda x, weight, bias: (x, weight, bias.double()),
+    ],
+)
+def test_wrong_arguments_get_torchs_error(wrong):
+    given = wrong(*(t.requires_grad_() for t in draw()[:3]))
+    with pytest.raises(RuntimeError) as expected:
+        F.linear(*given)
+    with pytest.raises(RuntimeError) as found:
+        _onednn.linear(*given)
+    assert str(found.value) == str(expected.value)
+
+
+def test_processors(monkeypatch, tmp_path):
+    """Only AMD's processors since Zen 5 have been measured."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+    def of(vendor: str, family: str) -> bool:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\n\nx\t: y\n")
+        monkeypatch.setattr(_onednn, "Path", lambda path: tmp_path / "cpuinfo")
+        return _onednn.outruns_mkl.__wrapped__()
+
+    assert of("AuthenticAMD", "26") and not of("AuthenticAMD", "25") and not of("GenuineIntel", "26")
+    (tmp_path / "cpuinfo").unlink()
+    monkeypatch.setattr(_onednn, "Path", lambda path: tmp_path / "missing")
+    assert not _onednn.outruns_mkl.__wrapped__()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not _onednn.outruns_mkl.__wrapped__()
