@@ -66,13 +66,16 @@ def row(
 
 
 def _cpu() -> str:
-    """Return the CPU's name, the number of threads, and a note if denormal numbers are flushed to zero."""
+    """Return the CPU's name and family, the number of threads, and a note if denormal numbers are flushed to zero.
+
+    The family tells apart the generations of a processor whose name does not, such as "AMD EPYC" in a virtual machine.
+    """
     name = "CPU"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        name = re.sub(r"\((R|TM)\)", "", name)
-    except (OSError, StopIteration):
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        name = re.sub(r"\((R|TM)\)", "", facts["model name"]) + f" (family {facts['cpu family']})"
+    except (OSError, KeyError):
         pass
     threads = torch.get_num_threads()
     flushed = ", denormals flushed" if (torch.tensor(2e-38) * 0.1).item() == 0 else ""

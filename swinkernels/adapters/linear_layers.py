@@ -93,7 +93,7 @@ def is_plain_linear(name: str, layer: Any, x: Tensor) -> bool:
 
 
 def replaces_modules(x: Tensor) -> bool:
-    """Return True if functions compute Linear layers with the input ``x`` faster than their modules."""
+    """Return True if functions may compute Linear layers with the input ``x`` faster than their modules."""
     return fuses(x) or _onednn.is_for_training(x)
 
 

@@ -76,21 +76,22 @@ def is_large(x: Tensor, weight: Tensor) -> bool:
 
 # ---- Training ----
 
+_LEAST = 1 << 14  # elements of x, below which no layer is large
 
-def is_for_training(*tensors: Tensor | None) -> bool:
-    """Return True if a module should call :func:`linear`: in float32 training, where it is faster.
 
-    ``tensors`` are the input x and, if they are known, the weight and the bias.
+def is_for_training(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
+    """Return True if :func:`linear` may be faster than F.linear: in float32 training with a large layer.
+
+    ``weight`` and ``bias`` are those of the layer, if they are known.
     """
-    x = tensors[0]
     return (
-        x is not None
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()  # before a cached function, which a compiler would warn about
+        and not torch.compiler.is_compiling()  # before the sizes, on which a compiler would put guards
         and outruns_mkl()
+        and (x.numel() >= _LEAST if weight is None else weight.dim() == 2 and is_large(x, weight))
         and x.dtype == torch.float32
-        and is_untraced(tensors)
+        and is_untraced((x, weight, bias))
         and is_available(x.dtype)
         and not torch.is_autocast_enabled("cpu")
     )
@@ -99,44 +100,56 @@ def is_for_training(*tensors: Tensor | None) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return F.linear(x, weight, bias), computed and differentiated by oneDNN's products if they are faster.
 
-    Autograd saves x and the weight, as for F.linear.
+    Autograd saves the same tensors as for F.linear, in the same order, so that checkpointing may compute a layer with
+    either function.
     """
+    if not (is_for_training(x, weight, bias) and _is_layer(x, weight, bias)):
+        return F.linear(x, weight, bias)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = _Linear.apply(rows, weight.t(), bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _is_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight, bias)
-    if (
-        is_for_training(*tensors)
-        and any_requires_grad(tensors)
+    return (
+        any_requires_grad(tensors)
         and not torch.jit.is_tracing()
         and all(t is None or (t.dtype, t.device, t.layout) == (x.dtype, x.device, torch.strided) for t in tensors)
         and x.dim() > 1
-        and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]
-        and is_large(x, weight)
         and (bias is None or bias.shape == weight.shape[:1])
-    ):
-        return _Linear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    )
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight_t, bias):
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        saved = (x if needs_weight else None, weight_t if needs_x else None)
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(*(saved if ctx.has_bias else saved[::-1]))
+        weight = weight_t.t()
         return _product(x, weight, bias) if _runs(x, weight) else F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
+        x, weight_t = ctx.saved_tensors if ctx.has_bias else ctx.saved_tensors[::-1]
         needs_x, *needs = ctx.needs_input_grad
-        return input_gradient(dy, weight) if needs_x else None, *parameter_gradients(dy, x, needs)
+        dx = input_gradient(dy, weight_t.t()) if needs_x else None
+        dweight, dbias = linear_gradients(dy, x, needs)
+        return dx, None if dweight is None else dweight.t(), dbias
 
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of a Linear layer's input, dy @ weight."""
-    return _product(dy, weight.t()) if _runs(dy, weight.t()) else dy @ weight
+    rows = dy.reshape(-1, dy.shape[-1])
+    if not (rows.is_contiguous() and _runs(rows, weight.t())):
+        return dy @ weight
+    return _product(rows, weight.t()).view(*dy.shape[:-1], weight.shape[1])
 
 
-def parameter_gradients(dy: Tensor, x: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+def linear_gradients(dy: Tensor, x: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of a Linear layer's weight and bias, or None for one that is not needed.
 
     ``x`` may be None if the weight's gradient is not needed.
@@ -147,13 +160,13 @@ def parameter_gradients(dy: Tensor, x: Tensor | None, needs: Sequence[bool]) -> 
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    if not _runs(dy.t(), x.t()):
+    if not (dy.is_contiguous() and _runs(dy.t(), x.t())):
         return dy.t() @ x
-    # oneDNN reads its second operand in place, but copies a first operand whose rows are not contiguous. So the
-    # narrower one comes first.
-    if dy.shape[1] <= x.shape[1]:
-        return _product(dy.t(), x.t())
-    return _product(x.t(), dy.t()).t().contiguous()
+    # oneDNN reads its second operand in place, but copies a first operand whose rows are not contiguous. If dy is wide
+    # and has many rows, copying it takes longer than transposing the result.
+    if x.shape[1] < dy.shape[1] and 8 * x.shape[1] <= x.shape[0]:
+        return _product(x.t(), dy.t()).t().contiguous()
+    return _product(dy.t(), x.t())
 
 
 def _runs(x: Tensor, weight: Tensor) -> bool:
@@ -164,10 +177,21 @@ def _runs(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and is_plain((x, weight))  # otherwise, a mode may count the products
         and outruns_mkl()
+        and is_large(x, weight)
         and is_available(x.dtype)
         and not torch.is_autocast_enabled("cpu")
-        and is_large(x, weight)
+        and _is_dense(x)
+        and _is_dense(weight)
     )
+
+
+def _is_dense(matrix: Tensor) -> bool:
+    """Return True if the rows or the columns are contiguous and do not overlap.
+
+    For other matrices, such as expanded gradients, oneDNN takes hundreds of times as long, or raises an error.
+    """
+    (rows, columns), (row, column) = matrix.shape, matrix.stride()
+    return (column == 1 and row >= columns) or (row == 1 and column >= rows)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swinkernels.ops._fused_linear import Norm, linear
 from swinkernels.ops._library import any_requires_grad, autocast_dtype, is_untraced
-from swinkernels.ops._onednn import input_gradient, parameter_gradients
+from swinkernels.ops._onednn import input_gradient, linear_gradients
 from swinkernels.ops.layer_norm import norm_and_statistics, norm_gradients, run_norm
 from swinkernels.ops.residual_layer_norm import residual_norm_gradients, run_residual
 
@@ -167,7 +167,7 @@ class _NormLinear(torch.autograd.Function):
             with _without_autocast(dy):
                 z, mean, rstd = norm_and_statistics(s, norm_weight, norm_bias, eps, dtype, backend)
                 weight = packed(weights)
-                dweight, dbias = parameter_gradients(dy, z, (any(needs[4:]), needs[3]))
+                dweight, dbias = linear_gradients(dy, z, (any(needs[4:]), needs[3]))
                 del z
                 dx = dbranch = None
                 of_norm: Sequence[Tensor | None] = (None, None)
@@ -215,7 +215,7 @@ class _GeluLinear(torch.autograd.Function):
         (approximate,) = ctx.others
         with _without_autocast(dy):
             activated = F.gelu(x, approximate=approximate) if needs[1] else x
-            of_linear = parameter_gradients(dy, activated, needs[1:])
+            of_linear = linear_gradients(dy, activated, needs[1:])
             del activated
             dx = None
             if needs[0]:

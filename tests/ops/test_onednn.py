@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,7 @@ def results(function: Callable[..., Tensor], tensors: list[Tensor | None], dy: T
     return [y.detach(), *(None if t is None else t.grad for t in leaves)]
 
 
-@pytest.mark.parametrize(("into", "out"), [(NARROW, WIDE), (WIDE, NARROW), (NARROW, NARROW)])
+@pytest.mark.parametrize(("into", "out"), [(NARROW, WIDE), (WIDE, NARROW), (NARROW, NARROW), (3, WIDE)])
 @pytest.mark.parametrize("learns", [*itertools.product((True, False), repeat=3)][:-1])
 def test_output_and_every_gradient(into, out, learns):
     x, weight, bias, dy = draw(into, out)
@@ -89,13 +90,17 @@ def test_any_strides():
         torch.stack([bias, -bias], 1)[:, 0],
     ]
     rows_apart = torch.cat([weight, -weight], 1)[:, :NARROW]
+    overlapping = weight.flatten().as_strided((WIDE, NARROW), (1, 1))
     expanded = bias[:1].expand(WIDE)
-    for of_weight, of_bias in itertools.product((strided[1], rows_apart), (strided[2], expanded)):
+    for of_weight, of_bias in itertools.product((strided[1], rows_apart, overlapping), (strided[2], expanded)):
         for of_result in (dy, dy[:1, :1, :1, :1].expand(*ROWS, WIDE), dy.transpose(0, 2).contiguous().transpose(0, 2)):
-            given = [t.detach().requires_grad_() for t in (strided[0], of_weight, of_bias)]
+            given = [strided[0].detach().requires_grad_(), of_weight, of_bias.detach().requires_grad_()]
+            if of_weight is not overlapping:
+                given[1] = of_weight.detach().requires_grad_()
             y, expected = _onednn.linear(*given), F.linear(*given)
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-            got, wanted = (torch.autograd.grad(out, given, of_result) for out in (y, expected))
+            leaves = [t for t in given if t.requires_grad]
+            got, wanted = (torch.autograd.grad(out, leaves, of_result) for out in (y, expected))
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-5)
 
 
@@ -109,23 +114,64 @@ def test_gradients_of_gradients():
     torch.testing.assert_close(second(_onednn.linear), second(F.linear), rtol=1e-4, atol=1e-2)
 
 
-def saved_by(function: Callable[..., Tensor], *tensors: Tensor) -> list[int]:
-    """Return the storages of the tensors that autograd saves."""
-    saved: list[int] = []
+def saved_by(function: Callable[..., Tensor], *tensors: Tensor | None) -> list[Any]:
+    """Return the addresses, shapes and strides of the tensors that autograd saves."""
+    saved: list[Any] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.untyped_storage().data_ptr())
+        saved.append((tensor.data_ptr(), tensor.shape, tensor.stride()))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function(*tensors)
-    return sorted(saved)
+    return saved
 
 
 @pytest.mark.parametrize("learns", [*itertools.product((True, False), repeat=3)][:-1])
 def test_autograd_saves_what_it_saves_for_torchs(learns):
-    given = [t.requires_grad_(needs) for t, needs in zip(draw()[:3], learns, strict=True)]
-    assert saved_by(_onednn.linear, *given) == saved_by(F.linear, *given)
+    x, weight, bias = (t.requires_grad_(needs) for t, needs in zip(draw()[:3], learns, strict=True))
+    for rows, of_bias in itertools.product((x, x.flatten(0, 1), x.flatten(0, 2)), (bias, None)):
+        assert saved_by(_onednn.linear, rows, weight, of_bias) == saved_by(F.linear, rows, weight, of_bias)
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4])
+def test_the_result_may_be_modified_in_place(axes):
+    x, weight, bias, dy = (t if t.dim() < 4 else t.flatten(0, 4 - axes) for t in draw())
+    weight.requires_grad_()
+    gradients = []
+    for function in (_onednn.linear, F.linear):
+        y = function(x, weight, bias)
+        y.mul_(2).relu_()
+        gradients += torch.autograd.grad(y, weight, dy)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+class PassesThrough(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("mode", [PassesThrough, lambda: torch.backends.mkldnn.flags(enabled=False)])
+def test_checkpointing_in_a_mode_of_one_pass(mode, is_first):
+    x, weight, bias, dy = draw()
+    weight.requires_grad_()
+    with mode() if is_first else contextlib.nullcontext():
+        y = checkpoint(lambda x: _onednn.linear(x, weight, bias).relu(), x, use_reentrant=False)
+    with contextlib.nullcontext() if is_first else mode():
+        y.backward(dy)
+    (expected,) = torch.autograd.grad(F.linear(x, weight, bias).relu(), weight, dy)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("into", "out"), [(WIDE, NARROW), (NARROW, WIDE)])
+def test_an_expanded_gradient_is_left_to_torch(into, out):
+    """oneDNN takes hundreds of times as long for operands with zero strides."""
+    x, weight, bias, _ = draw(into, out)
+    y = _onednn.linear(x.requires_grad_(), weight.requires_grad_(), bias)
+    assert products(lambda: y.sum().backward()) == 0
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad, x.sum((0, 1, 2)).expand_as(weight), rtol=1e-5, atol=1e-5)
 
 
 def test_a_flop_counter_counts_all_products():
@@ -192,6 +238,7 @@ def test_backward_under_a_mode_that_is_not_forwards():
         lambda x, weight, bias: (x, weight, bias[1:]),
         lambda x, weight, bias: (x, weight.double(), bias),
         lambda x, weight, bias: (x, weight[None, None], bias),
+        lambda x, weight, bias: (x, weight[0, 0], bias),
         lambda x, weight, bias: (x, weight, bias.double()),
     ],
 )
