@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,31 +118,44 @@ def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], fl
 
 
 def summary(rows: Sequence[Row], path: Path) -> None:
-    """Draw :func:`best_ratios` with two bars per shape: forward, and forward and backward together."""
-    panels = {"forward": ("fwd", "#1f6feb"), "forward and backward": ("fwd+bwd", "#79b0ff")}
-    fig, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
-    ratios = {label: best_ratios(rows, direction) for label, (direction, _) in panels.items()}
+    """Draw :func:`best_ratios` with two bars per shape: forward, and forward and backward together.
+
+    Each dtype has its own axes.
+    """
+    bars = {"forward": ("fwd", "#1f6feb"), "forward and backward": ("fwd+bwd", "#79b0ff")}
+    ratios = {label: best_ratios(rows, direction) for label, (direction, _) in bars.items()}
     keys = list(dict.fromkeys(key for found in ratios.values() for key in found))
     dtypes = list(dict.fromkeys(dtype for _, dtype in keys))
-    width = 0.8 / len(panels)
-    for i, (label, (_, colour)) in enumerate(panels.items()):
-        x = [k + (i - (len(panels) - 1) / 2) * width for k, key in enumerate(keys) if key in ratios[label]]
-        bars = axis.bar(
-            x, [ratios[label][key] for key in keys if key in ratios[label]], width, color=colour, label=label
-        )
-        axis.bar_label(bars, fmt="%.1f", fontsize=7.5, padding=1)
-    axis.axhline(1, color="black", linewidth=1)
-    names = [shape if len(dtypes) == 1 else f"{shape}\n{dtype}" for shape, dtype in keys]
-    axis.set_xticks(range(len(keys)), names, fontsize=8.5, rotation=25, ha="right", rotation_mode="anchor")
-    axis.set_ylabel("times as fast", fontsize=9)
-    axis.set_title(
-        f"Window attention against the fastest other implementation: {_device(rows)}, {', '.join(dtypes)}",
-        fontsize=10.5,
+    fig, axes = plt.subplots(
+        len(dtypes), 1, figsize=(10, 0.8 + 2.6 * len(dtypes)), layout="constrained", sharey=True, squeeze=False
     )
-    axis.set_xlim(-0.6, len(keys) - 0.4)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8.5, frameon=False)
+    for axis, dtype in zip(axes[:, 0], dtypes, strict=True):
+        shapes = [shape for shape, of in keys if of == dtype]
+        _ratio_bars(
+            shapes,
+            {label: {s: r for (s, of), r in found.items() if of == dtype} for label, found in ratios.items()},
+            [colour for _, colour in bars.values()],
+            axis,
+        )
+        axis.set_ylabel(f"times as fast, {dtype}", fontsize=9)
+    axes[0, 0].legend(fontsize=8.5, frameon=False, ncols=len(bars), loc="lower left", bbox_to_anchor=(0, 1))
+    fig.suptitle(f"Window attention against the fastest other implementation: {_device(rows)}", fontsize=10.5)
     _save(fig, path)
+
+
+def _ratio_bars(
+    shapes: Sequence[str], ratios: Mapping[str, Mapping[str, float]], colours: Sequence[str], axis: Any
+) -> None:
+    """Draw one group of bars per shape, with one bar for each of ``ratios``, which map shapes to heights."""
+    width = 0.8 / len(ratios)
+    for i, ((label, found), colour) in enumerate(zip(ratios.items(), colours, strict=True)):
+        x = [k + (i - (len(ratios) - 1) / 2) * width for k, shape in enumerate(shapes) if shape in found]
+        drawn = axis.bar(x, [found[s] for s in shapes if s in found], width, color=colour, label=label)
+        axis.bar_label(drawn, fmt="%.1f", fontsize=7, padding=1)
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set_xticks(range(len(shapes)), shapes, fontsize=8.5, rotation=25, ha="right", rotation_mode="anchor")
+    axis.set_xlim(-0.6, len(shapes) - 0.4)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def roofline(rows: Sequence[Row], path: Path) -> None:

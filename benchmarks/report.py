@@ -44,8 +44,9 @@ measurements. `python -m benchmarks compare A.csv B.csv` lists the changes betwe
 - On a GPU, ops are timed by replaying CUDA graphs that cycle through inputs larger than the L2 cache. Models are timed
   with events, after the cache has been overwritten. On a CPU, times are wall-clock times, and inputs may be in a cache.
 - The roofline is the larger of bytes / copy rate and flops / matrix rate: the bytes that the op has to move and the
-  flops of its matrix products. Both rates are measured in the same run. If a map fits into a CPU's cache, an op may be
-  faster than the copy rate allows.
+  flops of its matrix products. Both rates are measured in the same run, with torch's functions. If a map fits into a
+  CPU's cache, an op may be faster than the copy rate allows. On AMD's processors with AVX-512, torch multiplies float32
+  matrices with AVX2, so a kernel with AVX-512 may be faster than the matrix rate allows.
 - The mask value of -100 in published code leads to probabilities of e^-100, which are denormal in float32. On a CPU,
   these slow down PyTorch code by a factor that depends on the processor. The CPU kernels set such probabilities to
   zero.
