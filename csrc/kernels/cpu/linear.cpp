@@ -40,9 +40,11 @@ void mlp_by_layers(const MlpParams& p, ParallelFor parallel_for) {
 // Returns true if the weights of q, k and v follow one another in memory, as in one layer.
 bool are_packed(const LinearLayer (&qkv)[3]) {
   const LinearLayer& q = qkv[0];
-  const int64_t size = q.out_features * q.row_stride;
-  return qkv[1].row_stride == q.row_stride && qkv[1].weight == q.weight + size &&  //
-         qkv[2].row_stride == q.row_stride && qkv[2].weight == q.weight + 2 * size;
+  for (int64_t i = 1; i < 3; ++i) {
+    const float* next = q.weight + i * q.out_features * q.row_stride;
+    if (qkv[i].row_stride != q.row_stride || qkv[i].weight != next) return false;
+  }
+  return true;
 }
 
 // Returns the map (B, D, H, W, num_heads, head_dim) at `data`, whose tokens are `token` elements apart.
