@@ -295,7 +295,12 @@ def benchmark(
                         verdict,
                         error,
                         times.get(contestant),
-                        peak=peak_bytes(functools.partial(call, 0), device) if call else None,
+                        # Runtimes do not allocate with torch's allocator, which counts the bytes.
+                        peak=(
+                            peak_bytes(functools.partial(call, 0), device)
+                            if call and contestant not in runtimes.RUNTIMES
+                            else None
+                        ),
                         first_call_s=first.get(contestant),
                         host_us=host_us(call, device) if call and beside_a_gpu else None,
                         gpu_busy_us=gpu_busy_us(call, device) if call and beside_a_gpu else None,

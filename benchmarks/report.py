@@ -51,7 +51,8 @@ measurements. `python -m benchmarks compare A.csv B.csv` lists the changes betwe
   these slow down PyTorch code by a factor that depends on the processor. The CPU kernels set such probabilities to
   zero.
 - Times exclude compilation; `first_call_s` in the CSV files includes it. Peak memory is the most memory that one call
-  allocates in addition to the memory in use before it, results included.
+  allocates with torch's allocator in addition to the memory in use before it, results included. The CPU kernels' own
+  scratch memory, which each thread keeps, is not counted.
 - A training step is a forward and a backward pass, without an optimizer. Models have random weights.
 """
 
