@@ -76,7 +76,7 @@ def is_large(x: Tensor, weight: Tensor) -> bool:
 
 # ---- Training ----
 
-_LEAST = 1 << 14  # elements of x, below which no layer is large
+_LEAST = 1 << 14  # elements of x below which a layer of unknown weight counts as small
 
 
 def is_for_training(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
@@ -90,8 +90,17 @@ def is_for_training(x: Tensor, weight: Tensor | None = None, bias: Tensor | None
         and not torch.compiler.is_compiling()  # before the sizes, on which a compiler would put guards
         and outruns_mkl()
         and (x.numel() >= _LEAST if weight is None else weight.dim() == 2 and is_large(x, weight))
-        and x.dtype == torch.float32
         and is_untraced((x, weight, bias))
+        and _is_faster(x)
+    )
+
+
+def _is_faster(x: Tensor) -> bool:
+    """Return True if oneDNN may now compute products of ``x``, and does so faster than torch's own functions."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and outruns_mkl()
         and is_available(x.dtype)
         and not torch.is_autocast_enabled("cpu")
     )
@@ -172,14 +181,11 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 def _runs(x: Tensor, weight: Tensor) -> bool:
     """Return True if oneDNN computes x @ weight.t(), a product that autograd does not record."""
     return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and is_plain((x, weight))  # otherwise, a mode may count the products
-        and outruns_mkl()
+        and _is_faster(x)
+        and weight.dtype == x.dtype
         and is_large(x, weight)
-        and is_available(x.dtype)
-        and not torch.is_autocast_enabled("cpu")
         and _is_dense(x)
         and _is_dense(weight)
     )

@@ -201,6 +201,18 @@ FAULTS = {
         "nullptr : p.residual;",
         _LINEAR_TESTS + "test_layers_of_many_rows",
     ),
+    "cpu-layers-of-a-half-on-square-maps-only": Fault(
+        _LAYERS,
+        "row = size[2] * token, plane = size[1] * row",
+        "row = size[1] * token, plane = size[1] * row",
+        _HALF_TESTS + "test_results",
+    ),
+    "cpu-layers-norm-without-the-last-row": Fault(
+        _LINEAR,
+        "const int64_t rows = smaller(kLanes, p.rows - first);",
+        "const int64_t rows = smaller(kLanes, p.rows - first - 1);",
+        _LINEAR_TESTS + "test_norms",
+    ),
     "cpu-layers-of-a-half-without-pad-qkv": Fault(
         _LAYERS,
         "attention.pad_qkv = p.qkv[0].bias;",

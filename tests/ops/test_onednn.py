@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import swinkernels
 from swinkernels.ops import _onednn
 from swinkernels.testing import assert_within_budget
 from tests.support.fused_products import fused_calls
@@ -105,13 +106,14 @@ def test_any_strides():
 
 
 def test_gradients_of_gradients():
-    x, weight, bias, dy = (t.requires_grad_() for t in draw())
-
-    def second(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    def second(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        x, weight, bias, dy = (t.to(dtype).requires_grad_() for t in draw())
         first = torch.autograd.grad(function(x, weight, bias).square(), (x, weight, bias), dy, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight, bias, dy))
 
-    torch.testing.assert_close(second(_onednn.linear), second(F.linear), rtol=1e-4, atol=1e-2)
+    exact = second(F.linear, torch.float64)
+    for got, wide in zip(second(_onednn.linear, torch.float32), exact, strict=True):
+        assert (got - wide).abs().max() <= 2e-6 * wide.abs().max()
 
 
 def saved_by(function: Callable[..., Tensor], *tensors: Tensor | None) -> list[Any]:
@@ -249,6 +251,34 @@ def test_wrong_arguments_get_torchs_error(wrong):
     with pytest.raises(RuntimeError) as found:
         _onednn.linear(*given)
     assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("op", ["attention_half", "mlp_half"])
+def test_gradients_of_halves(op, norm):
+    """The backward pass of a half differentiates products of maps, not of rows."""
+    generator = torch.Generator().manual_seed(0)
+    c = 24
+
+    def draw_scaled(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    x, dy, weight, bias = draw_scaled(2, 6, 9, c), draw_scaled(2, 6, 9, c), draw_scaled(c), draw_scaled(c)
+    wide = 3 * c if op == "attention_half" else 4 * c
+    layers = [draw_scaled(wide, c), draw_scaled(wide), draw_scaled(c, wide if op == "mlp_half" else c), draw_scaled(c)]
+    options: dict[str, Any] = {"num_heads": 3, "window_size": 3} if op == "attention_half" else {}
+    half = getattr(swinkernels, op)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias, *layers)]
+        y = half(*leaves, norm=norm, **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    found: list[Tensor] = []
+    # Two for the gradients of each layer; other kernels may compute the output.
+    assert products(lambda: found.extend(run(torch.float32))) >= 4
+    for got, exact in zip(found, run(torch.float64), strict=True):
+        assert (got - exact).abs().max() <= 2e-5 * exact.abs().max()
 
 
 def test_processors(monkeypatch, tmp_path):
