@@ -5,7 +5,8 @@
 
 avx2    the instructions that one call executes on one thread, counted by valgrind's callgrind; ``cpu_kernels.cpp``
         makes the calls.
-avx512  the number of innermost loops in each function's machine code and their lengths, in instructions. Nothing is
+avx512, avx512_bf16
+        the number of innermost loops in each function's machine code and their lengths, in instructions. Nothing is
         executed, because valgrind does not support AVX-512 and not every machine has it.
 
 Counts of different compilers are not comparable.
@@ -32,7 +33,7 @@ from benchmarks import compare
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 BASELINE = ROOT / "benchmarks" / "results" / "cpu_instructions.csv"
-ARCHS = ("avx2", "avx512")
+ARCHS = ("avx2", "avx512", "avx512_bf16")
 KEYS = ("arch", "kernel", "case", "compiler")
 OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc/kernels/cpu"
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # DType of csrc/params
@@ -258,12 +259,12 @@ def _row(arch: str, kernel: str, case: str, costs: Counter[str], of: str) -> dic
 
 
 def count(arch: str) -> list[dict[str, Any]]:
-    """Return the rows for ``arch``: one per call ("avx2"), or the number and lengths of innermost loops ("avx512")."""
+    """Return the rows for ``arch``: one per call ("avx2"), or the numbers and lengths of innermost loops."""
     if os.uname().machine != "x86_64":
         raise Missing(f"{arch} kernels exist only for x86_64, and this machine is {os.uname().machine}")
     found = objects()
     of = compiler(OBJECTS / f"{arch}.o")
-    if arch == "avx512":
+    if arch != "avx2":
         return [
             _row(arch, name, case, Counter({name: number}), of)
             for name, sizes in count_loops(OBJECTS / f"{arch}.o").items()
@@ -315,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for row in rows:
         print(
-            f"{row['arch']:7}{row['instructions']:10}  {row['kernel']}, {row['case']}  {row['of_functions']}".rstrip()
+            f"{row['arch']:12}{row['instructions']:10}  {row['kernel']}, {row['case']}  {row['of_functions']}".rstrip()
         )
     if options.update:
         compare.write_baseline(BASELINE, rows)

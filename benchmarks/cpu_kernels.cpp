@@ -102,13 +102,13 @@ void run(const LinearCall& call) {
   const std::vector<float> bias = numbers.floats(hidden + out);
   std::vector<float> y(residual.size());
   if (hidden == 0) {
-    const cpu::LinearLayer layer{first.data(), bias.data(), in, out, in};
-    const cpu::LinearParams p{x.data(), residual.data(), y.data(), rows, in, {}, layer, activation};
+    const cpu::LinearLayer<float> layer{first.data(), bias.data(), in, out, in};
+    const cpu::LinearParams<float> p{x.data(), residual.data(), y.data(), rows, in, {}, layer, activation};
     return measure([&] { cpu::linear_forward(p, one_thread); });
   }
-  const cpu::LinearLayer fc1{first.data(), bias.data(), in, hidden, in},
+  const cpu::LinearLayer<float> fc1{first.data(), bias.data(), in, hidden, in},
       fc2{second.data(), bias.data(), hidden, out, hidden};
-  const cpu::MlpParams p{x.data(), residual.data(), y.data(), rows, in, {}, {}, fc1, fc2, activation};
+  const cpu::MlpParams<float> p{x.data(), residual.data(), y.data(), rows, in, {}, {}, fc1, fc2, activation};
   measure([&] { cpu::mlp_forward(p, one_thread); });
 }
 
@@ -118,7 +118,7 @@ void run_half(const Call& call, const WindowAttentionForwardParams& attention, N
   const std::vector<float> x = numbers.floats(tokens * width), weights = numbers.floats(4 * width * width),
                            biases = numbers.floats(6 * width);
   std::vector<float> out(x.size());
-  cpu::AttentionHalfParams p{};
+  cpu::AttentionHalfParams<float> p{};
   p.attention = attention;
   p.x = map_of<ConstTokenMap>(call, x.data(), width);
   p.out = map_of<TokenMap>(call, out.data(), width);

@@ -38,11 +38,11 @@ struct Rows {
     out = new_empty(x, shape);
   }
 
-  template <class Params>
-  void fill(Params& p) {
-    p.x = float_data(x);
-    p.residual = residual ? float_data(*residual) : nullptr;
-    p.out = static_cast<float*>(out.mutable_data_ptr());
+  template <class Element, template <class> class Params>
+  void fill(Params<Element>& p) {
+    p.x = elements_of<Element>(x);
+    p.residual = residual ? elements_of<Element>(*residual) : nullptr;
+    p.out = static_cast<Element*>(out.mutable_data_ptr());
     p.x_stride = x.size(x.dim() - 1);
     p.rows = out.numel() == 0 ? 0 : out.numel() / out.size(out.dim() - 1);
   }
@@ -52,31 +52,37 @@ Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor
                     OptionalTensor norm_bias, std::string gelu, std::string norm, double eps) {
   check_norm(norm);
   STD_TORCH_CHECK(norm != "post", "swinkernels: fused_linear has no norm after its layer");
-  cpu::LinearParams p{};
-  p.layer = layer_of(weight, bias, x.size(x.dim() - 1));
-  p.norm = norm_of(norm_weight, norm_bias, norm, "pre", eps, p.layer.in_features);
-  p.activation = activation_of(gelu);
-  Rows rows(std::move(x), std::move(residual), p.layer.out_features);
-  rows.fill(p);
-  if (p.rows > 0) cpu::linear_forward(p, parallel_for);
-  return rows.out;
+  return with_element_of(x, [&](auto element) {
+    using Element = decltype(element);
+    cpu::LinearParams<Element> p{};
+    p.layer = layer_of<Element>(weight, bias, x.size(x.dim() - 1));
+    p.norm = norm_of<Element>(norm_weight, norm_bias, norm, "pre", eps, p.layer.in_features);
+    p.activation = activation_of(gelu);
+    Rows rows(std::move(x), std::move(residual), p.layer.out_features);
+    rows.fill(p);
+    if (p.rows > 0) cpu::linear_forward(p, parallel_for);
+    return rows.out;
+  });
 }
 
 Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc2_weight, OptionalTensor fc2_bias,
                  OptionalTensor residual, OptionalTensor norm_weight, OptionalTensor norm_bias, std::string gelu,
                  std::string norm, double eps, bool by_layers) {
   check_norm(norm);
-  cpu::MlpParams p{};
-  p.fc1 = layer_of(fc1_weight, fc1_bias, x.size(x.dim() - 1));
-  p.fc2 = layer_of(fc2_weight, fc2_bias, p.fc1.out_features);
-  p.norm = norm_of(norm_weight, norm_bias, norm, "pre", eps, p.fc1.in_features);
-  p.post_norm = norm_of(norm_weight, norm_bias, norm, "post", eps, p.fc2.out_features);
-  p.activation = activation_of(gelu);
-  p.by_layers = by_layers;
-  Rows rows(std::move(x), std::move(residual), p.fc2.out_features);
-  rows.fill(p);
-  if (p.rows > 0) cpu::mlp_forward(p, parallel_for);
-  return rows.out;
+  return with_element_of(x, [&](auto element) {
+    using Element = decltype(element);
+    cpu::MlpParams<Element> p{};
+    p.fc1 = layer_of<Element>(fc1_weight, fc1_bias, x.size(x.dim() - 1));
+    p.fc2 = layer_of<Element>(fc2_weight, fc2_bias, p.fc1.out_features);
+    p.norm = norm_of<Element>(norm_weight, norm_bias, norm, "pre", eps, p.fc1.in_features);
+    p.post_norm = norm_of<Element>(norm_weight, norm_bias, norm, "post", eps, p.fc2.out_features);
+    p.activation = activation_of(gelu);
+    p.by_layers = by_layers;
+    Rows rows(std::move(x), std::move(residual), p.fc2.out_features);
+    rows.fill(p);
+    if (p.rows > 0) cpu::mlp_forward(p, parallel_for);
+    return rows.out;
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, CPU, m) {

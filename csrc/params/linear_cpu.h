@@ -1,4 +1,5 @@
-// The functions that run Linear layers on a CPU, and their arguments. All data is float32.
+// The functions that run Linear layers on a CPU, and their arguments. All data is float32, or bfloat16 in the bits of
+// uint16_t; the number of a layer's input channels must then be even.
 #pragma once
 
 #include "cpu.h"
@@ -8,55 +9,62 @@ namespace swinkernels::cpu {
 enum class Activation : int32_t { kNone, kGelu, kGeluTanh };
 
 // A weight (out_features, in_features), whose rows are row_stride elements apart, and a bias (out_features), or null.
+template <class Element>
 struct LinearLayer {
-  const float* weight;
-  const float* bias;
+  const Element* weight;
+  const Element* bias;
   int64_t in_features, out_features, row_stride;
 };
 
 // The layer norm of a row: (x - mean) / sqrt(var + eps) * weight + bias. The weight and the bias have one value for each
 // channel, or are null for ones and zeros. If no norm is given, the row stays as it is.
+template <class Element>
 struct RowNorm {
   bool given;
-  const float* weight;
-  const float* bias;
+  const Element* weight;
+  const Element* bias;
   float eps;
 };
 
 // out = residual + activation(norm(x) weight^T + bias). The rows of x are x_stride elements apart; out and residual (or null)
 // are contiguous.
+template <class Element>
 struct LinearParams {
-  const float* x;
-  const float* residual;
-  float* out;
+  const Element* x;
+  const Element* residual;
+  Element* out;
   int64_t rows, x_stride;
-  RowNorm norm;
-  LinearLayer layer;
+  RowNorm<Element> norm;
+  LinearLayer<Element> layer;
   Activation activation;
 };
 
 // out = residual + post_norm(fc2(activation(fc1(norm(x))))), in the same layout.
+template <class Element>
 struct MlpParams {
-  const float* x;
-  const float* residual;
-  float* out;
+  const Element* x;
+  const Element* residual;
+  Element* out;
   int64_t rows, x_stride;
-  RowNorm norm, post_norm;
-  LinearLayer fc1, fc2;
+  RowNorm<Element> norm, post_norm;
+  LinearLayer<Element> fc1, fc2;
   Activation activation;
   bool by_layers;  // compute one layer for all rows before the next one
 };
 
 // out = residual + norm(x). All rows are contiguous; out may be x.
+template <class Element>
 struct NormParams {
-  const float* x;
-  const float* residual;
-  float* out;
+  const Element* x;
+  const Element* residual;
+  Element* out;
   int64_t rows, channels;
-  RowNorm norm;
+  RowNorm<Element> norm;
 };
 
-void linear_forward(const LinearParams& params, ParallelFor parallel_for);
-void mlp_forward(const MlpParams& params, ParallelFor parallel_for);
+template <class Element>
+void linear_forward(const LinearParams<Element>& params, ParallelFor parallel_for);
+template <class Element>
+void mlp_forward(const MlpParams<Element>& params, ParallelFor parallel_for);
 
 }  // namespace swinkernels::cpu

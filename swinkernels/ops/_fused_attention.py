@@ -1,4 +1,4 @@
-"""Defines the op ``fused_attention_half`` of ``torch.ops.swinkernels``, for float32 inference on a CPU.
+"""Defines the op ``fused_attention_half`` of ``torch.ops.swinkernels``, for inference on a CPU.
 
 The op is the attention half of a block: norm, QKV, attention, projection and residual connection. It has no derivative.
 It passes over the windows once (csrc/kernels/cpu/attention_half.inl), so that no map between x and the result is ever
@@ -70,12 +70,16 @@ def attention_half(
     by_layers = windows < _WINDOWS_PER_THREAD * torch.get_num_threads()
     if x.shape[-1] > _MOST_CHANNELS and not by_layers:
         return None
-    *_, region_map = tables
+    *floats, region_map = tables
     if region_map is not None and region_map.dtype != torch.int32:
         return None
+    if x.dtype == torch.bfloat16 and proj[0].shape[1] // num_heads % 2 == 1:  # the kernels multiply channels in pairs
+        return None
+    bias_table, bias, logit_scale = (t if t is None else t.float() for t in floats)
     with torch._C._AutoDispatchBelowAutograd():
         return _OP.overload(
-            x, *(*qkv, None, None)[:3], qkv_bias, *proj, norm.weight, norm.bias, *tables,
+            x, *(*qkv, None, None)[:3], qkv_bias, *proj, norm.weight, norm.bias, bias_table, bias, logit_scale,
+            region_map,
             spec.wire(needs_lse=False), spec.scale, spec.mask_value, num_heads, residual, norm.place, norm.eps,
             by_layers,
         )  # fmt: skip

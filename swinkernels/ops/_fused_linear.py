@@ -4,9 +4,10 @@ F.linear on a CPU writes the bias into the result before the product, and GELU a
 result is traversed three or four times, in as many parallel regions. torch's oneDNN applies bias, GELU and sum to each
 tile while the tile is still in registers, in float32, and rounds once.
 
-In float32, the ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take
-the place of oneDNN for more than one row and weights whose rows are contiguous, on CPUs with AVX2 but without AMX. They
-have no derivative. They can normalise the rows that they read and, in an MLP, the rows of the result.
+The ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take the place of
+oneDNN for more than one row and weights whose rows are contiguous, on CPUs without AMX: in float32 with AVX2, and in
+bfloat16 with AVX512_BF16. They have no derivative. They can normalise the rows that they read and, in an MLP, the rows
+of the result.
 """
 
 from __future__ import annotations
@@ -83,22 +84,47 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 @functools.cache
-def _has_kernels() -> bool:
-    """Return True if the extension's kernels take the place of oneDNN in float32: only where that has been measured.
+def _has_kernels(dtype: torch.dtype) -> bool:
+    """Return True if the extension's kernels take the place of oneDNN: only where that has been measured.
 
-    With AVX-512 it has been measured on AMD's Zen 4 and Intel's Ice Lake, not with AMX.
+    With AVX-512, float32 has been measured on AMD's Zen 4 and 5 and on Intel's Ice Lake, and bfloat16 on Zen 5 (on
+    Zen 4 only its products). Neither has been measured with AMX.
     """
     build = _extension.build
     if build is None or not build["has_cpu_kernels"]:
         return False
     instruction_set = _extension.ops.cpu_instruction_set()
-    return instruction_set == "avx2" or (instruction_set == "avx512" and not torch.cpu._is_amx_tile_supported())
+    if instruction_set.startswith("avx512") and torch.cpu._is_amx_tile_supported():
+        return False
+    if dtype == torch.bfloat16:
+        return instruction_set == "avx512_bf16"
+    return dtype == torch.float32 and instruction_set != "baseline"
+
+
+def _may_use_kernels(dtype: torch.dtype) -> bool:
+    return _has_kernels(dtype) and not (dtype == torch.float32 and _allows_bfloat16_products())
 
 
 def _has_kernels_for(x: Tensor, *weights: Tensor) -> bool:
-    """Return True if the kernels run here and are fast: they pad a single row and copy a weight with other strides."""
-    is_float32 = x.dtype == torch.float32 and not _allows_bfloat16_products()
-    return is_float32 and _has_kernels() and x.numel() > x.shape[-1] and all(w.stride(1) == 1 for w in weights)
+    """Return True if the kernels run here and are fast: they pad a single row and copy a weight with other strides.
+
+    In bfloat16, they multiply the channels in pairs.
+    """
+    return (
+        _may_use_kernels(x.dtype)
+        and x.numel() > x.shape[-1]
+        and all(w.stride(1) == 1 for w in weights)
+        and (x.dtype == torch.float32 or all(w.shape[1] % 2 == 0 for w in weights))
+    )
+
+
+def runs_alone(x: Tensor, weight: Tensor) -> bool:
+    """Return True if the kernels, where they run, compute a Linear layer that is not part of a half faster than oneDNN.
+
+    In bfloat16 with fewer channels, writing the result takes the kernels longer. On two threads of an AMD EPYC (Zen 5)
+    they took 1.1 to 1.4 times as long for 96 channels, 0.9 to 1.2 times for 192, and 0.7 to 1.0 times for 384 and 768.
+    """
+    return is_large(x, weight) and (x.dtype == torch.float32 or weight.shape[1] >= 384)
 
 
 def _allows_bfloat16_products() -> bool:
@@ -127,7 +153,7 @@ def linear(
         return _run(_LINEAR_OP, x, weight, bias, residual, norm_weight, norm_bias, gelu or "", place, eps)
     if x.device.type == "cpu" and _is_fused(x, (weight, bias)):
         added = residual if residual is not None and _can_be_added(residual, x, weight) else None
-        has_kernels = _has_kernels_for(x, weight)
+        has_kernels = _has_kernels_for(x, weight) and runs_alone(x, weight)
         if norm is not None and not (has_kernels and _are_like(x, norm.weight, norm.bias)):
             x, norm = layer_norm(x, *norm[:3]), None
         if has_kernels:
@@ -223,9 +249,9 @@ def fuses(x: Tensor) -> bool:
 def joins(x: Tensor) -> bool:
     """Return True if a module with input ``x`` should leave norms to Linear layers, and maps to their halves.
 
-    This is the case if the extension's kernels compute float32 inference here.
+    This is the case if the extension's kernels compute inference in the dtype of ``x`` here.
     """
-    return fuses(x) and x.dtype == torch.float32 and _has_kernels() and not _allows_bfloat16_products()
+    return fuses(x) and _may_use_kernels(x.dtype)
 
 
 _PLACE = frozenset([(torch.strided, torch.device("cpu"))])
@@ -256,20 +282,23 @@ def _is_fused(x: Tensor, *layers: Layer) -> bool:
     )
 
 
+_KERNEL_DTYPES = frozenset([torch.float32, torch.bfloat16])
+
+
 def fit_kernels(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """Return True if the kernels compute Linear layers of the input x, one of ``tensors``.
 
     The result depends only on the metadata of ``tensors``, which are on one device. See :func:`run_on_kernels`.
     """
-    is_float32 = x.device.type == "cpu" and x.dtype == torch.float32 and autocast_dtype(x) is None
-    return is_float32 and all(t is None or (t.dtype == x.dtype and t.layout is torch.strided) for t in tensors)
+    fits = x.device.type == "cpu" and x.dtype in _KERNEL_DTYPES and autocast_dtype(x) is None
+    return fits and all(t is None or (t.dtype == x.dtype and t.layout is torch.strided) for t in tensors)
 
 
 def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
     """Return True if the kernels may run now on ``tensors``, for which :func:`fit_kernels` returned True."""
     return (
         is_plain(tensors)  # first, because a compiler cannot trace the others
-        and _has_kernels()
+        and _has_kernels(x.dtype)
         and not any_requires_grad(tensors)
         and is_available(x.dtype)
         and not torch.jit.is_tracing()
@@ -291,13 +320,14 @@ def _are_like(x: Tensor, *tensors: Tensor | None) -> bool:
 
 
 def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None, norm: Norm | None) -> bool:
-    if not (x.device.type == "cpu" and is_plain((x,)) and _has_kernels()):
+    if not (x.device.type == "cpu" and is_plain((x,)) and _has_kernels(x.dtype)):
         return False  # first, because a compiler cannot trace the others
     return (
         _is_fused(x, fc1, fc2)
         and _has_kernels_for(x, fc1[0], fc2[0])
         and (residual is None or _can_be_added(residual, x, fc2[0]))
         and (norm is None or _are_like(x, norm.weight, norm.bias))
+        and (x.dtype == torch.float32 or fc2[0].shape[0] % 2 == 0)  # for a norm of the result
     )
 
 

@@ -14,10 +14,9 @@ from swinkernels import reference
 from swinkernels.ops import _arguments, _fused_attention
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import backend_beside, choose, norm_reasons
-from swinkernels.ops._fused_linear import Norm, fit_kernels, linear, run_on_kernels
+from swinkernels.ops._fused_linear import Norm, fit_kernels, linear, run_on_kernels, runs_alone
 from swinkernels.ops._halves import cast, check_half, finish, norm_parameters, scaled
 from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
-from swinkernels.ops._onednn import is_large
 from swinkernels.ops._recomputed import norm_linear, packed
 from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
 from swinkernels.window_spec import WindowSpec
@@ -77,8 +76,8 @@ def attention_half(
             weight and bias of proj, which are then cast to the dtype of the matrix product.
         backend: backend of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm; if it
             has no norm, the norm uses "auto". torch computes the matrix products, except with "reference" and, with
-            "auto" or "cpu", in float32 inference on some CPUs, where one op computes the half of a batch with enough
-            windows.
+            "auto" or "cpu", in float32 or bfloat16 inference on some CPUs, where one op computes the half of a batch
+            with enough windows.
         attention: the other arguments of :func:`swinkernels.window_attention_qkvpacked`, except ``pad_qkv``, which is
             ``qkv_bias``, and ``return_attention``.
 
@@ -139,15 +138,13 @@ def attention_half(
             return norm_reasons(b, "layer_norm", channels, dtypes, x.device)
 
         chosen = choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
-        fit = backend in ("auto", "cpu") and chosen == "torch" and fit_kernels(x, floats)
+        fit = backend in ("auto", "cpu") and chosen == "torch" and fit_kernels(x, parameters)
         return number, chosen, spec if _fused_attention.takes(spec) else None, fit
 
     get = attention.get
-    floats = (
-        x, norm_weight, norm_bias, *weights, qkv_bias, proj_weight, proj_bias, bias_table, drop_path_scale,
-        layer_scale, get("bias"), get("logit_scale"),
-    )  # fmt: skip
-    tensors: tuple[Any, ...] = (*floats, get("region_map"))
+    parameters = (x, norm_weight, norm_bias, *weights, qkv_bias, proj_weight, proj_bias, drop_path_scale, layer_scale)
+    tables = bias_table, get("bias"), get("logit_scale"), get("region_map")
+    tensors: tuple[Any, ...] = (*parameters, *tables)
     axis_tables = get("axis_tables")
     if isinstance(axis_tables, (tuple, list)):
         tensors += tuple(axis_tables)
@@ -164,14 +161,13 @@ def attention_half(
     on_kernels = fit and run_on_kernels(x, (*weights, proj_weight), tensors)
     last = scaled(proj_weight, proj_bias, layer_scale, norm)
     if on_kernels and spec is not None and drop_path_scale is None:
-        tables = bias_table, get("bias"), get("logit_scale"), get("region_map")
         of_norm = Norm(*norm_parameters(norm_weight, norm_bias, layer_scale, norm), eps, norm)
         y = _fused_attention.attention_half(x, weights, qkv_bias, last, of_norm, tables, spec, num_heads, residual)
         if y is not None:
             return y
     first, bias = cast(weights[0], qkv_bias, dtype)
     weights = first, *(weight.to(dtype) for weight in weights[1:])
-    on_kernels = on_kernels and is_large(x, proj_weight)
+    on_kernels = on_kernels and runs_alone(x, proj_weight)
     if on_kernels:
         before = Norm(norm_weight, norm_bias, eps) if norm == "pre" else None
         qkv = linear(x, packed(weights), bias, norm=before, on_kernels=True)

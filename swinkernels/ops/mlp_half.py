@@ -68,9 +68,9 @@ def mlp_half(
             x + branch_scale * branch replaces x above. The sum and the norm take one pass if norm is "pre", branch
             has the dtype of the matrix products and branch_scale needs no gradient. Without a branch, x is unchanged.
         backend: backend of the norm, "auto", "cuda", "torch" or "reference"; torch computes the matrix products, except
-            with "reference" and in float32 inference on some CPUs, where one op computes the half. "triton" runs the
-            whole half as one kernel, without a derivative, for C of 96 or 192 and products in float16 or bfloat16.
-            "auto" does not choose it, because it has not been measured on a GPU.
+            with "reference" and in float32 or bfloat16 inference on some CPUs, where one op computes the half. "triton"
+            runs the whole half as one kernel, without a derivative, for C of 96 or 192 and products in float16 or
+            bfloat16. "auto" does not choose it, because it has not been measured on a GPU.
 
     Returns:
         (B, ..., C) in the dtype of x; with residual=False and norm="pre", in the dtype of the matrix products. An empty

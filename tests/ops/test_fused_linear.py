@@ -45,7 +45,7 @@ def either(request, monkeypatch) -> str:
     """Run a test once with oneDNN and once with the extension's kernels, whichever this machine prefers."""
     if request.param == "kernels" and _extension.error is not None:
         pytest.skip(_extension.error)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: request.param == "kernels")
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: request.param == "kernels")
     return request.param
 
 
@@ -57,13 +57,17 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, resi
 
 @pytest.mark.parametrize(
     ("dtype", "either"),
-    [(torch.float32, "kernels"), *((dtype, "onednn") for dtype in (torch.float32, torch.bfloat16, torch.float16))],
+    [
+        *((dtype, "kernels") for dtype in (torch.float32, torch.bfloat16)),
+        *((dtype, "onednn") for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    ],
     indirect=["either"],
 )
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "none"])
 @pytest.mark.parametrize(("gelu", "is_added"), [(None, False), ("none", False), ("tanh", False), (None, True)])
-def test_results(gelu, is_added, has_bias, dtype, either):
+def test_results(gelu, is_added, has_bias, dtype, either, monkeypatch):
     need_fused(dtype)
+    monkeypatch.setattr(_fused_linear, "runs_alone", lambda x, weight: True)
     x, weight, bias, residual = draw(dtype)
     given = (x, weight, bias if has_bias else None, gelu, residual if is_added else None)
     before = residual.clone()
@@ -74,6 +78,20 @@ def test_results(gelu, is_added, has_bias, dtype, either):
     torch.testing.assert_close(residual, before, rtol=0, atol=0)
     exact = plain(*(t.double() if isinstance(t, Tensor) else t for t in given))
     assert_within_budget(y, exact, lambda: plain(*(t.float() if isinstance(t, Tensor) else t for t in given)))
+
+
+@pytest.mark.parametrize("channels", [64, 384])
+def test_kernels_compute_a_layer_alone(channels, monkeypatch):
+    """In float32, and in bfloat16 with many channels; else oneDNN does."""
+    if _extension.error is not None:
+        pytest.skip(_extension.error)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    for dtype in (torch.float32, torch.bfloat16):
+        need_fused(dtype)
+        with fused_calls() as called:
+            _fused_linear.linear(torch.ones(1000, channels, dtype=dtype), torch.ones(384, channels, dtype=dtype), None)
+        on_kernels = dtype == torch.float32 or channels == 384
+        assert called == ["swinkernels::fused_linear" if on_kernels else "mkldnn::_linear_pointwise"]
 
 
 def test_other_strides(either):
@@ -122,7 +140,7 @@ def test_which_calls_use_the_kernels(monkeypatch):
     need_fused(torch.float32)
     if _extension.error is not None:
         pytest.skip(_extension.error)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
     monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", 1)
     monkeypatch.setattr(_fused_linear, "_MOST_CHANNELS", IN + OUT)
     x, weight, bias, _ = draw()
@@ -196,7 +214,7 @@ def test_float32_is_float32_until_torch_is_told_otherwise(either):
 def test_mlp_in_one_op(monkeypatch, gelu, is_added):
     """With the extension's kernels, an MLP is one op, which computes few rows layer by layer."""
     need_fused(torch.float32)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: _extension.error is None)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: _extension.error is None)
     if _extension.error is not None:
         pytest.skip(_extension.error)
     x, fc1, bias, _ = draw()
@@ -238,7 +256,7 @@ def test_a_halfs_products_on_a_cpu(either):
 def test_mlp_piece_by_piece(monkeypatch, is_added, dtype):
     """A large hidden layer is computed in pieces of rows, the last of which is smaller."""
     need_fused(dtype)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: False)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: False)
     x, fc1, bias, _ = draw(dtype)
     generator = torch.Generator().manual_seed(2)
     fc2 = (torch.randn(IN, OUT, generator=generator) / OUT**0.5).to(dtype)

@@ -47,7 +47,8 @@ def always_fused() -> Iterator[None]:
         mock.patch.object(halves, "joins", _fuses),
         mock.patch.object(block, "joins", _fuses),
         mock.patch.object(_fused_linear, "is_large", _is_not_empty),
-        mock.patch.object(_ATTENTION_HALF, "is_large", _is_not_empty),
+        mock.patch.object(_fused_linear, "runs_alone", _is_not_empty),
+        mock.patch.object(_ATTENTION_HALF, "runs_alone", _is_not_empty),
         mock.patch.object(_MLP_HALF, "is_large", _is_not_empty),
     ):
         yield

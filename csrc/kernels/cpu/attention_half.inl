@@ -1,4 +1,4 @@
-// The attention half of a block, in float32, for one instruction set; see simd.inl for how this is compiled.
+// The attention half of a block, for one instruction set and format; see simd.inl and panels.inl for how this is compiled.
 //
 // Maths     out = x + norm(proj(attention(qkv(x)))) (v2) or x + proj(attention(qkv(norm(x)))) (v1)
 // Layout    A task is a group of windows, whose rows are packed into one panel (see panels.inl): a token is a column. The
@@ -18,7 +18,7 @@ namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
 
 // A group has at most about this many rows, and this many floats of all its panels.
-constexpr int64_t kGroupRows = 200;
+constexpr int64_t kGroupRows = kNumbers == 1 ? 200 : 256;
 constexpr int64_t kGroupFloats = 192 << 10;
 
 // The division of the windows into groups. The windows of a group begin N columns apart in its panels.
@@ -26,8 +26,9 @@ struct Groups {
   int64_t windows, size, count;
   int64_t stride;  // of a panel's channels
 
-  Groups(const AttentionHalfParams& p, const Sizes& sizes) {
-    const int64_t tokens = sizes.tokens, floats = tokens * (2 * larger_width(p) + 3 * sizes.dim);
+  Groups(const AttentionHalfParams<Element>& p, const Sizes& sizes) {
+    const int64_t tokens = sizes.tokens, width = larger_width(p);
+    const int64_t floats = tokens * (width + width / kNumbers + 3 * sizes.dim);
     windows = p.attention.batch * product(p.attention.geometry.num_windows);
     size = smaller(smaller(kGroupRows / tokens, kGroupFloats / floats), windows / (2 * p.threads));
     size = size < 1 ? 1 : size;
@@ -37,7 +38,7 @@ struct Groups {
     stride = round_up((size - 1) * tokens + round_up(tokens, kLanes), kLine);
     stride += stride / kLine % 2 == 0 ? kLine : 0;
   }
-  static int64_t larger_width(const AttentionHalfParams& p) {
+  static int64_t larger_width(const AttentionHalfParams<Element>& p) {
     const int64_t width = int64_t{1} * p.attention.num_heads * p.attention.head_dim;
     return p.channels < width ? width : p.channels;
   }
@@ -52,14 +53,17 @@ struct AttentionHalf {
   int32_t* regions;                  // of each row of the group
   int64_t* bias_types;               // of each window of the group
   bool* masked;                      // of each window of the group
-  float* zeros;                      // a pad token's row of x
-  float* x;                          // (channels, stride): x, then the result
-  float* attended;                   // (num_heads * head_dim, stride)
-  float* qkv;                        // (3, head_dim, stride)
+  Element* zeros;                    // a pad token's row of x
+  float* x;                          // (channels, stride): units of x, then channels of the result
+  float* attended;                   // (num_heads * head_dim, stride), as units
+  float* qkv;                        // (3, head_dim, stride); q and k become units
   float* scores;                     // (N, block)
+  Element* values;                   // (head_dim, values_stride): v of one window and head
+  int64_t values_stride;             // N rounded up to whole vectors of units
+  float* output;                     // (head_dim, block): of attention, for one window and head
   float *lse, *reciprocal;           // (block)
 
-  AttentionHalf(const AttentionHalfParams& p, Arena& arena)
+  AttentionHalf(const AttentionHalfParams<Element>& p, Arena& arena)
       : sizes(p.attention), window(p.attention, arena), bias(p.attention, sizes, arena), groups(p, sizes) {
     const int64_t rows = groups.size * sizes.tokens, width = int64_t{1} * p.attention.num_heads * sizes.dim;
     x_offsets = arena.take<int64_t>(rows);
@@ -67,18 +71,21 @@ struct AttentionHalf {
     regions = arena.take<int32_t>(rows);
     bias_types = arena.take<int64_t>(groups.size);
     masked = arena.take<bool>(groups.size);
-    zeros = arena.take<float>(p.channels);
+    zeros = arena.take<Element>(p.channels);
     x = arena.take<float>(round_up(p.channels, kLanes) * groups.stride);
-    attended = arena.take<float>(width * groups.stride);
+    attended = arena.take<float>(width / kNumbers * groups.stride);
     qkv = arena.take<float>(3 * sizes.dim * groups.stride);
     scores = arena.take<float>(sizes.scores());
+    values_stride = round_up(sizes.keys, kLanes * kNumbers);
+    values = arena.take<Element>(kNumbers > 1 ? sizes.dim * values_stride : 0);
+    output = arena.take<float>(sizes.dim * sizes.block);
     lse = arena.take<float>(sizes.block);
     reciprocal = arena.take<float>(sizes.block);
   }
 };
 
 // Finds the rows, the regions and the bias types of windows [first, first + count).
-void find_group(const AttentionHalfParams& p, AttentionHalf& s, int64_t first, int64_t count) {
+void find_group(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t first, int64_t count) {
   for (int64_t w = 0; w < count; ++w) {
     const int64_t at = w * s.sizes.tokens;
     s.window.region = s.regions + at;
@@ -90,82 +97,117 @@ void find_group(const AttentionHalfParams& p, AttentionHalf& s, int64_t first, i
   }
 }
 
+// panel (count, stride) = (panel + the layer's biases from `first` on) * factor, as PanelUnits: the units of two channels
+// take the place of channels that have been read before.
+template <class PanelUnits>
+void add_bias(const Layer& layer, int64_t first, int64_t count, float factor, int64_t width, int64_t stride,
+              float* panel) {
+  constexpr int kOfUnit = PanelUnits::kNumbers;
+  for (int64_t c = 0; c < count; c += kOfUnit) {
+    Vec bias[kOfUnit];
+    for (int n = 0; n < kOfUnit; ++n) bias[n] = bias_of(layer, first + c + n);
+    for (int64_t v = 0; v < width; v += kLanes) {
+      Vec x[kOfUnit];
+      for (int n = 0; n < kOfUnit; ++n) x[n] = (load(panel + (c + n) * stride + v) + bias[n]) * factor;
+      store(panel + c / kOfUnit * stride + v, PanelUnits::join(x));
+    }
+  }
+}
+
 // Divides the columns of a panel (count, stride) by their norms, as normalise_rows does, and multiplies them by `factor`.
+// The result consists of units, as in add_bias.
 void normalise_columns(int64_t count, float factor, int64_t width, int64_t stride, float* panel) {
   for (int64_t v = 0; v < width; v += kLanes) {
     Vec sum = {};
     for (int64_t c = 0; c < count; ++c) sum += load(panel + c * stride + v) * load(panel + c * stride + v);
     const Vec inverse = 1.0f / sqrt(sum);
     const Vec scale = (inverse > kMaxInverseNorm ? splat(kMaxInverseNorm) : inverse) * factor;  // NaN stays NaN
-    for (int64_t c = 0; c < count; ++c) store(panel + c * stride + v, load(panel + c * stride + v) * scale);
-  }
-}
-
-// panel (count, stride) = (panel + the layer's biases from `first` on) * factor.
-void add_bias(const LinearLayer& layer, int64_t first, int64_t count, float factor, int64_t width, int64_t stride,
-              float* panel) {
-  for (int64_t c = 0; c < count; ++c) {
-    const Vec bias = bias_of(layer, first + c);
-    for (int64_t v = 0; v < width; v += kLanes) {
-      float* at = panel + c * stride + v;
-      store(at, (load(at) + bias) * factor);
+    for (int64_t c = 0; c < count; c += kNumbers) {
+      Vec x[kNumbers];
+      for (int n = 0; n < kNumbers; ++n) x[n] = load(panel + (c + n) * stride + v) * scale;
+      store(panel + c / kNumbers * stride + v, Units::join(x));
     }
   }
 }
 
 // Computes q, k and v of a head for `width` columns of the group; q is multiplied by the factor of the scores.
-void project_head(const AttentionHalfParams& p, AttentionHalf& s, int64_t head, int64_t width) {
+void project_head(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t head, int64_t width) {
   const int64_t dim = s.sizes.dim, stride = s.groups.stride;
   const bool cosine = p.attention.logit_scale != nullptr;
   for (int64_t part = 0; part < 3; ++part) {
     float* panel = s.qkv + part * dim * stride;
     const float factor = part == 0 ? score_factor(p.attention, head) : 1.0f;
     multiply_columns(p.qkv[part], head * dim, dim, s.x, panel, width, stride);
-    if (cosine && part < 2) {
-      add_bias(p.qkv[part], head * dim, dim, 1.0f, width, stride, panel);
+    if (part == 2) {
+      if (kNumbers > 1) continue;  // pack_values adds the bias
+      add_bias<Float32Units>(p.qkv[part], head * dim, dim, factor, width, stride, panel);
+    } else if (cosine) {
+      add_bias<Float32Units>(p.qkv[part], head * dim, dim, 1.0f, width, stride, panel);
       normalise_columns(dim, factor, width, stride, panel);
     } else {
-      add_bias(p.qkv[part], head * dim, dim, factor, width, stride, panel);
+      add_bias<Units>(p.qkv[part], head * dim, dim, factor, width, stride, panel);
     }
+  }
+}
+
+// Sets s.values to v + bias of one window and head: a unit consists of two keys, and a missing last key is 0.
+void pack_values(const Layer& layer, int64_t head, const float* v, AttentionHalf& s) {
+  const int64_t dim = s.sizes.dim, keys = s.sizes.keys;
+  for (int64_t d = 0; d < dim; ++d) {
+    const Vec bias = bias_of(layer, head * dim + d);
+    Element* row = s.values + d * s.values_stride;
+    for (int64_t i = 0; i < keys; i += kLanes) store_elements(row + i, load(v + d * s.groups.stride + i) + bias);
+    if (keys % kNumbers != 0) row[keys] = 0;
   }
 }
 
 // Computes the output of attention for one window of the group and one head.
-void attend(const AttentionHalfParams& p, AttentionHalf& s, int64_t w, int64_t head) {
+void attend(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t w, int64_t head) {
   const Sizes& sizes = s.sizes;
   const int64_t dim = sizes.dim, stride = s.groups.stride, at = w * sizes.tokens;
   const float *q = s.qkv + at, *k = q + dim * stride, *v = k + dim * stride;
+  if (kNumbers > 1) pack_values(p.qkv[2], head, v, s);
   for (int64_t b = 0; b < sizes.blocks; ++b) {
     const int64_t first = b * sizes.block, queries = sizes.queries(b), width = round_up(queries, kLanes);
-    matmul<true>(sizes.keys, width, dim, k, stride, q + first, stride, s.bias.block(s.bias_types[w], head, b), s.scores,
-                 sizes.block);
+    matmul<true, Units>(sizes.keys, width, dim / kNumbers, reinterpret_cast<const Element*>(k), stride * kNumbers,
+                        q + first, stride, s.bias.block(s.bias_types[w], head, b), s.scores, sizes.block);
     add_mask(p.attention, sizes, s.masked[w], s.regions + at, b, s.scores);
-    softmax(sizes, queries, s.scores, s.lse, s.reciprocal);
+    softmax<Units>(sizes, queries, s.scores, s.lse, s.reciprocal);
+    if constexpr (kNumbers > 1) {
+      matmul<false, Units>(dim, width, (sizes.keys + 1) / kNumbers, s.values, s.values_stride, s.scores, sizes.block,
+                           nullptr, s.output, sizes.block);
+    } else {
+      matmul<false>(dim, width, sizes.keys, v, stride, s.scores, sizes.block, nullptr, s.output, sizes.block);
+    }
     // The last vector may extend beyond the window; the next window overwrites these columns.
-    float* out = s.attended + head * dim * stride + at + first;
-    matmul<false>(dim, width, sizes.keys, v, stride, s.scores, sizes.block, nullptr, out, stride);
+    float* out = s.attended + head * dim / kNumbers * stride + at + first;
     for (int64_t i = 0; i < width; i += kLanes) {
       const Vec reciprocal = load(s.reciprocal + i);
-      for (int64_t c = 0; c < dim; ++c) store(out + c * stride + i, load(out + c * stride + i) * reciprocal);
+      for (int64_t c = 0; c < dim; c += kNumbers) {
+        Vec x[kNumbers];
+        for (int n = 0; n < kNumbers; ++n) x[n] = load(s.output + (c + n) * sizes.block + i) * reciprocal;
+        store(out + c / kNumbers * stride + i, Units::join(x));
+      }
     }
   }
 }
 
-int64_t attention_half_tasks(const AttentionHalfParams& p) { return Groups(p, Sizes(p.attention)).count; }
+int64_t attention_half_tasks(const AttentionHalfParams<Element>& p) { return Groups(p, Sizes(p.attention)).count; }
 
-int64_t attention_half_scratch_bytes(const AttentionHalfParams& p) {
+int64_t attention_half_scratch_bytes(const AttentionHalfParams<Element>& p) {
   Arena arena(nullptr);
   AttentionHalf(p, arena);
   return arena.bytes();
 }
 
-void attention_half(const AttentionHalfParams& p, int64_t* next, void* memory) {
+void attention_half(const AttentionHalfParams<Element>& p, int64_t* next, void* memory) {
   Arena arena(memory);
   AttentionHalf s(p, arena);
   const int64_t stride = s.groups.stride, tokens = s.sizes.tokens;
-  const auto* x = static_cast<const float*>(p.x.data);
-  auto* out = static_cast<float*>(p.out.data);
-  clear(s.zeros, p.channels);
+  const int64_t units = p.channels / kNumbers;
+  const auto* x = static_cast<const Element*>(p.x.data);
+  auto* out = static_cast<Element*>(p.out.data);
+  for (int64_t c = 0; c < p.channels; ++c) s.zeros[c] = 0;
   clear(s.qkv, 3 * s.sizes.dim * stride);  // the scores of a last vector read columns that no product writes
   for (;;) {
     const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
@@ -173,23 +215,22 @@ void attention_half(const AttentionHalfParams& p, int64_t* next, void* memory) {
     const int64_t first = task * s.groups.size, count = smaller(s.groups.size, s.groups.windows - first);
     const int64_t rows = count * tokens, width = round_up(rows, kLanes);
     find_group(p, s, first, count);
-    pack([&](int64_t r) { return s.x_offsets[r] == kPad ? s.zeros : x + s.x_offsets[r]; }, rows, p.channels, s.x,
-         stride);
+    pack([&](int64_t r) { return s.x_offsets[r] == kPad ? s.zeros : x + s.x_offsets[r]; }, rows, units, s.x, stride);
     if (p.norm.given) {
-      normalise(p.norm, p.channels, width, s.x, stride);
+      normalise<Units>(p.norm, p.channels, width, s.x, stride);
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; s.x_offsets[r] == kPad && c < p.channels; ++c) s.x[c * stride + r] = 0.0f;
+        for (int64_t u = 0; s.x_offsets[r] == kPad && u < units; ++u) s.x[u * stride + r] = 0.0f;
       }
     }
     for (int64_t head = 0; head < p.attention.num_heads; ++head) {
       project_head(p, s, head, width);
       for (int64_t w = 0; w < count; ++w) attend(p, s, w, head);
     }
-    LinearLayer proj = p.proj;
+    Layer proj = p.proj;
     multiply_columns(proj, 0, p.channels, s.attended, s.x, width, stride);
     if (p.post_norm.given) {
-      add_bias(proj, 0, p.channels, 1.0f, width, stride, s.x);
-      normalise(p.post_norm, p.channels, width, s.x, stride);
+      add_bias<Float32Units>(proj, 0, p.channels, 1.0f, width, stride, s.x);
+      normalise<Float32Units>(p.post_norm, p.channels, width, s.x, stride);
       proj.bias = nullptr;
     }
     unpack<Activation::kNone>(proj, 0, p.channels, s.x, stride, rows, [&](int64_t r) {
@@ -198,6 +239,11 @@ void attention_half(const AttentionHalfParams& p, int64_t* next, void* memory) {
     });
   }
 }
+
+constexpr LayerKernels<Element> kLayerKernels = {{linear_tasks, linear_scratch_bytes, linear},
+                                                 {mlp_tasks, mlp_scratch_bytes, mlp},
+                                                 {norm_tasks, norm_scratch_bytes, norm},
+                                                 {attention_half_tasks, attention_half_scratch_bytes, attention_half}};
 
 }  // namespace
 }  // namespace swinkernels::cpu::SWINKERNELS_ISA

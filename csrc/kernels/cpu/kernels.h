@@ -60,22 +60,36 @@ struct TaskKernel {
   void (*run)(const Params&, int64_t* next, void* scratch);
 };
 
+// The kernels of Linear layers and of what is computed with them, for one element type; uint16_t stands for bfloat16.
+template <class Element>
+struct LayerKernels {
+  TaskKernel<LinearParams<Element>> linear;
+  TaskKernel<MlpParams<Element>> mlp;
+  TaskKernel<NormParams<Element>> norm;
+  TaskKernel<AttentionHalfParams<Element>> attention_half;
+};
+
 struct Kernels {
   WindowAttentionKernels window_attention;
-  TaskKernel<LinearParams> linear;
-  TaskKernel<MlpParams> mlp;
-  TaskKernel<NormParams> norm;
-  TaskKernel<AttentionHalfParams> attention_half;
+  LayerKernels<float> layers;
 };
 
 extern const Kernels kBaselineKernels;
+extern const LayerKernels<uint16_t> kBaselineBFloat16Kernels;
 #ifdef __x86_64__
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const LayerKernels<uint16_t> kAvx512BFloat16Kernels;
 #endif
 
-// Returns the kernels of this machine's instruction set.
+// Return the kernels of this machine's instruction set.
 const Kernels& kernels();
+template <class Element>
+const LayerKernels<Element>& layer_kernels();
+template <>
+const LayerKernels<float>& layer_kernels();
+template <>
+const LayerKernels<uint16_t>& layer_kernels();
 
 // Runs all tasks of a call.
 template <class Params>

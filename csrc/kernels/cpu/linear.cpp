@@ -1,4 +1,4 @@
-// Linear layers in float32, and the halves of a block that consist of them, on a CPU.
+// Linear layers, and the halves of a block that consist of them, on a CPU.
 #include <algorithm>
 
 #include "kernels.h"
@@ -9,39 +9,43 @@
 namespace swinkernels::cpu {
 namespace {
 
-constexpr int64_t kFloat = sizeof(float);
 // An MLP computes its layers for at most this many bytes of the hidden layer at a time, so that it stays in a cache.
 constexpr int64_t kMostHiddenBytes = 8 << 20;
 
 // Runs a half's last layer, the norm of its result, if one is given, and the residual sum.
-void run_last(const LinearParams& layer, const RowNorm& norm, ParallelFor parallel_for) {
-  LinearParams p = layer;
+template <class Element>
+void run_last(const LinearParams<Element>& layer, const RowNorm<Element>& norm, ParallelFor parallel_for) {
+  LinearParams<Element> p = layer;
   if (norm.given) p.residual = nullptr;
   linear_forward(p, parallel_for);
   if (!norm.given) return;
-  const NormParams of_norm{p.out, layer.residual, p.out, p.rows, p.layer.out_features, norm};
-  run_tasks(kernels().norm, of_norm, parallel_for);
+  const NormParams<Element> of_norm{p.out, layer.residual, p.out, p.rows, p.layer.out_features, norm};
+  run_tasks(layer_kernels<Element>().norm, of_norm, parallel_for);
 }
 
-void mlp_by_layers(const MlpParams& p, ParallelFor parallel_for) {
+template <class Element>
+void mlp_by_layers(const MlpParams<Element>& p, ParallelFor parallel_for) {
   const int64_t hidden = p.fc1.out_features, out = p.fc2.out_features;
-  const int64_t step = std::max<int64_t>(kMostHiddenBytes / (std::max<int64_t>(hidden, 1) * kFloat) / 64, 1) * 64;
-  const MapMemory memory(std::min(step, p.rows) * hidden * kFloat);
+  const int64_t row = std::max<int64_t>(hidden, 1) * sizeof(Element);
+  const int64_t step = std::max<int64_t>(kMostHiddenBytes / row / 64, 1) * 64;
+  const MapMemory memory(std::min(step, p.rows) * row);
+  auto* map = memory.as<Element>();
   for (int64_t first = 0; first < p.rows; first += step) {
     const int64_t rows = std::min(step, p.rows - first);
-    const float* residual = p.residual == nullptr ? nullptr : p.residual + first * out;
-    linear_forward({p.x + first * p.x_stride, nullptr, memory.data(), rows, p.x_stride, p.norm, p.fc1, p.activation},
-                   parallel_for);
-    run_last({memory.data(), residual, p.out + first * out, rows, hidden, {}, p.fc2, Activation::kNone}, p.post_norm,
-             parallel_for);
+    const Element* residual = p.residual == nullptr ? nullptr : p.residual + first * out;
+    linear_forward<Element>({p.x + first * p.x_stride, nullptr, map, rows, p.x_stride, p.norm, p.fc1, p.activation},
+                            parallel_for);
+    run_last<Element>({map, residual, p.out + first * out, rows, hidden, {}, p.fc2, Activation::kNone}, p.post_norm,
+                      parallel_for);
   }
 }
 
 // Returns true if the weights of q, k and v follow one another in memory, as in one layer.
-bool are_packed(const LinearLayer (&qkv)[3]) {
-  const LinearLayer& q = qkv[0];
+template <class Element>
+bool are_packed(const LinearLayer<Element> (&qkv)[3]) {
+  const LinearLayer<Element>& q = qkv[0];
   for (int64_t i = 1; i < 3; ++i) {
-    const float* next = q.weight + i * q.out_features * q.row_stride;
+    const Element* next = q.weight + i * q.out_features * q.row_stride;
     if (qkv[i].row_stride != q.row_stride || qkv[i].weight != next) return false;
   }
   return true;
@@ -55,43 +59,56 @@ TokenMapOf<Pointer> map_at(Pointer data, int64_t token, const WindowAttentionFor
   return {{data, size[0] * plane, {plane, row, token}}, p.head_dim};
 }
 
-void attention_half_by_layers(const AttentionHalfParams& p, ParallelFor parallel_for) {
+template <class Element>
+void attention_half_by_layers(const AttentionHalfParams<Element>& p, ParallelFor parallel_for) {
   WindowAttentionForwardParams attention = p.attention;
   const int64_t width = int64_t{attention.num_heads} * attention.head_dim;
   const int64_t rows = attention.batch * product(attention.geometry.size);
-  const MapMemory memory(4 * rows * width * kFloat);
-  float *const qkv = memory.data(), *const attended = qkv + 3 * rows * width;
-  const auto* x = static_cast<const float*>(p.x.data);
-  auto* out = static_cast<float*>(p.out.data);
+  const MapMemory memory(4 * rows * width * static_cast<int64_t>(sizeof(Element)));
+  Element *const qkv = memory.as<Element>(), *const attended = qkv + 3 * rows * width;
+  const auto* x = static_cast<const Element*>(p.x.data);
+  auto* out = static_cast<Element*>(p.out.data);
   const bool packed = are_packed(p.qkv);
   ConstTokenMap* const maps[3] = {&attention.q, &attention.k, &attention.v};
   for (int64_t i = 0; i < 3; ++i) {
-    float* const part = qkv + i * (packed ? width : rows * width);
+    Element* const part = qkv + i * (packed ? width : rows * width);
     *maps[i] = map_at<const void*>(part, packed ? 3 * width : width, attention);
     if (packed && i > 0) continue;
-    LinearLayer layer = p.qkv[i];
+    LinearLayer<Element> layer = p.qkv[i];
     if (packed) layer.out_features = 3 * width;
-    linear_forward({x, nullptr, part, rows, p.channels, p.norm, layer, Activation::kNone}, parallel_for);
+    linear_forward<Element>({x, nullptr, part, rows, p.channels, p.norm, layer, Activation::kNone}, parallel_for);
   }
   attention.out = map_at<void*>(attended, width, attention);
   attention.pad_qkv = p.qkv[0].bias;  // the biases of q, k and v follow one another
   window_attention_forward(attention, parallel_for);
-  run_last({attended, p.residual ? x : nullptr, out, rows, width, {}, p.proj, Activation::kNone}, p.post_norm,
-           parallel_for);
+  run_last<Element>({attended, p.residual ? x : nullptr, out, rows, width, {}, p.proj, Activation::kNone}, p.post_norm,
+                    parallel_for);
 }
 
 }  // namespace
 
-void linear_forward(const LinearParams& p, ParallelFor parallel_for) { run_tasks(kernels().linear, p, parallel_for); }
+template <class Element>
+void linear_forward(const LinearParams<Element>& p, ParallelFor parallel_for) {
+  run_tasks(layer_kernels<Element>().linear, p, parallel_for);
+}
 
-void mlp_forward(const MlpParams& p, ParallelFor parallel_for) {
+template <class Element>
+void mlp_forward(const MlpParams<Element>& p, ParallelFor parallel_for) {
   if (p.by_layers) return mlp_by_layers(p, parallel_for);
-  run_tasks(kernels().mlp, p, parallel_for);
+  run_tasks(layer_kernels<Element>().mlp, p, parallel_for);
 }
 
-void attention_half_forward(const AttentionHalfParams& p, ParallelFor parallel_for) {
+template <class Element>
+void attention_half_forward(const AttentionHalfParams<Element>& p, ParallelFor parallel_for) {
   if (p.by_layers) return attention_half_by_layers(p, parallel_for);
-  run_tasks(kernels().attention_half, p, parallel_for);
+  run_tasks(layer_kernels<Element>().attention_half, p, parallel_for);
 }
+
+template void linear_forward(const LinearParams<float>&, ParallelFor);
+template void linear_forward(const LinearParams<uint16_t>&, ParallelFor);
+template void mlp_forward(const MlpParams<float>&, ParallelFor);
+template void mlp_forward(const MlpParams<uint16_t>&, ParallelFor);
+template void attention_half_forward(const AttentionHalfParams<float>&, ParallelFor);
+template void attention_half_forward(const AttentionHalfParams<uint16_t>&, ParallelFor);
 
 }  // namespace swinkernels::cpu

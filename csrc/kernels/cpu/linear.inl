@@ -1,18 +1,18 @@
-// Linear layers in float32, and MLPs of two with GELU between them, for one instruction set; see simd.inl for how this
-// is compiled.
+// Linear layers, and MLPs of two with GELU between them, for one instruction set and format; see simd.inl and panels.inl
+// for how this is compiled. Sums, biases, norms, GELU and residual sums are float32 in either format.
 //
-// Layout    A panel is up to kPanelRows rows of a map, transposed, so that each vector holds one channel of kLanes rows.
-//           A product multiplies vectors of the panel of x by single elements of the weight and yields a panel of the
-//           result: a weight is read where it lies and needs no other layout. In an MLP the panel of fc1's result is
-//           the one that fc2 reads. Only x and the final result are transposed, kLanes rows and channels at a time.
+// Layout    A panel is up to kPanelRows rows of a map, transposed, so that each vector holds one unit or one channel of
+//           kLanes rows. A product multiplies vectors of the panel of x by single units of the weight and yields a panel
+//           of the result: a weight is read where it lies and needs no other layout. In an MLP the panel of fc1's
+//           result, as units, is the one that fc2 reads. Only x and the final result are transposed.
 // Tail      The last vector of the last panel would often be nearly empty: 49 rows are three vectors of 16 and one row. If
 //           at most kMaxTail rows are left, they are multiplied with the weight's rows in the lanes instead, by
 //           transposing the weight in registers. That takes about a third of the time for one row of 16 lanes.
 // Tiling    The rows are divided into blocks, whose panels share each slice of the weight, kColumns by kDepth, while the
-//           slice is in L2 and a panel's part of kDepth channels in L1. An MLP computes kHidden hidden channels of a
+//           slice is in L2 and a panel's part of kDepth units in L1. An MLP computes kHidden hidden channels of a
 //           block at a time, so that its hidden layer stays in the cache. If there are few blocks, a Linear layer's
 //           columns are divided into tasks, too.
-// Work      One multiplication and addition for each row and element of the weights, with the rows rounded up to whole
+// Work      One multiplication and addition for each row and unit of the weights, with the rows rounded up to whole
 //           vectors. With 8 lanes, that takes 0.25 instructions each; the transposes and the bias take about 1 instruction
 //           per element of x and 3 per element of the result, and GELU 6.
 #pragma once
@@ -25,7 +25,7 @@ constexpr int64_t kPanelRows = kTileVectors * kLanes;
 constexpr int64_t kMaxTail = kLanes / 4;
 constexpr int64_t kMaxBlockRows = 128;
 constexpr int64_t kMaxBlockFloats = 512 << 10;  // of x, for a Linear layer with many input channels
-constexpr int64_t kHidden = 192;
+constexpr int64_t kHidden = 192 * kNumbers;
 // An MLP's block has this many floats of x, of its result and of kHidden hidden channels, so that they stay in L2.
 constexpr int64_t kMlpBlockFloats = 96 << 10;
 // A call has about this many tasks if it is large enough, for any number of threads.
@@ -58,75 +58,82 @@ struct Block {
   int64_t width_of(int64_t panel) const { return round_up(rows_of(panel), kLanes); }
 };
 
-// Memory for the panels of a block, each of which has this many channels, and for the tail, which is not transposed
-// except while its rows are normalised.
+// Memory for the panels of a block, each of which has a `height` in channels or units, and for the tail, which is not
+// transposed except while its rows are normalised.
 struct Panels {
   float *data, *tail, *packed_tail;
-  int64_t channels, tail_stride;
+  int64_t height, tail_stride;
 
-  Panels(const Blocks& blocks, int64_t all_channels, bool normalises, Arena& arena)
-      : channels(all_channels), tail_stride(round_up(all_channels, kLanes)) {
-    data = arena.take<float>(blocks.size * channels);
+  Panels(const Blocks& blocks, int64_t panel_height, bool normalises, Arena& arena)
+      : height(panel_height), tail_stride(round_up(panel_height, kLanes)) {
+    data = arena.take<float>(blocks.size * height);
     tail = arena.take<float>(kMaxTail * tail_stride);
-    packed_tail = arena.take<float>(normalises ? kLanes * channels : 0);
+    packed_tail = arena.take<float>(normalises ? kLanes * height : 0);
   }
-  float* at(int64_t panel) const { return data + panel * kPanelRows * channels; }
+  float* at(int64_t panel) const { return data + panel * kPanelRows * height; }
   float* tail_row(int64_t row) const { return tail + row * tail_stride; }
 };
 
-// Replaces a block's rows of `channels` channels by their layer norms.
-void normalise_block(const RowNorm& norm, int64_t channels, const Block& block, const Panels& panels) {
+// Replaces a block's rows, in panels of PanelUnits, by their layer norms.
+template <class PanelUnits>
+void normalise_block(const RowNorm<Element>& norm, int64_t channels, const Block& block, const Panels& panels) {
   for (int64_t i = 0; i < block.panels; ++i) {
-    normalise(norm, channels, block.width_of(i), panels.at(i), block.width_of(i));
+    normalise<PanelUnits>(norm, channels, block.width_of(i), panels.at(i), block.width_of(i));
   }
   if (block.tail == 0) return;
-  pack([&](int64_t r) { return panels.tail_row(r); }, block.tail, channels, panels.packed_tail, kLanes);
-  normalise(norm, channels, kLanes, panels.packed_tail, kLanes);
+  const int64_t height = channels / PanelUnits::kNumbers;
+  pack([&](int64_t r) { return panels.tail_row(r); }, block.tail, height, panels.packed_tail, kLanes);
+  normalise<PanelUnits>(norm, channels, kLanes, panels.packed_tail, kLanes);
   for (int64_t r = 0; r < block.tail; ++r) {
-    for (int64_t c = 0; c < channels; ++c) panels.tail_row(r)[c] = panels.packed_tail[c * kLanes + r];
+    for (int64_t i = 0; i < height; ++i) panels.tail_row(r)[i] = panels.packed_tail[i * kLanes + r];
   }
 }
 
-// Packs a block's rows of x, which are `stride` apart, and normalises them if a norm is given.
-void pack_block(const float* x, int64_t stride, const RowNorm& norm, const Block& block, const Panels& panels) {
+// Packs a block's rows of x, which are `stride` apart, as units, and normalises them if a norm is given.
+void pack_block(const Element* x, int64_t stride, const RowNorm<Element>& norm, const Block& block,
+                const Panels& panels) {
   for (int64_t i = 0; i < block.panels; ++i) {
-    const float* first = x + (block.first + i * kPanelRows) * stride;
-    pack([&](int64_t r) { return first + r * stride; }, block.rows_of(i), panels.channels, panels.at(i),
+    const Element* first = x + (block.first + i * kPanelRows) * stride;
+    pack([&](int64_t r) { return first + r * stride; }, block.rows_of(i), panels.height, panels.at(i),
          block.width_of(i));
   }
   for (int64_t r = 0; r < block.tail; ++r) {
-    const float* row = x + (block.first + block.rows + r) * stride;
-    for (int64_t c = 0; c < panels.channels; ++c) panels.tail_row(r)[c] = row[c];
+    const Element* row = x + (block.first + block.rows + r) * stride;
+    for (int64_t u = 0; u < panels.height; ++u) __builtin_memcpy(panels.tail_row(r) + u, row + u * kNumbers, 4);
   }
-  if (norm.given) normalise_block(norm, panels.channels, block, panels);
+  if (norm.given) normalise_block<Units>(norm, panels.height * kNumbers, block, panels);
 }
 
-// Multiplies `count` rows of a weight, which are `stride` apart, by kRows rows of x, for `depth` channels. Row r of the
+// Multiplies `count` rows of a weight, which are `stride` apart, by kRows rows of x, for `depth` units. Row r of the
 // products is y + r * y_stride and has room for `count` rounded up to whole vectors; if `adds`, the products are added to
 // it. Each sum adds the same products in the same order as in a panel, so a row's result does not depend on its place.
 template <int kRows>
-void multiply_rows(const float* weight, int64_t stride, int64_t count, int64_t depth, const float* x, int64_t x_stride,
-                   float* y, int64_t y_stride, bool adds) {
+void multiply_rows(const Element* weight, int64_t stride, int64_t count, int64_t depth, const float* x,
+                   int64_t x_stride, float* y, int64_t y_stride, bool adds) {
   for (int64_t c = 0; c < count; c += kLanes) {
-    const float* from[kLanes];
+    const Element* from[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) from[i] = weight + smaller(c + i, count - 1) * stride;
     Vec sums[kRows] = {};
-    int64_t d = 0;
-    for (; d + kLanes <= depth; d += kLanes) {
+    int64_t u = 0;
+    for (; u + kLanes <= depth; u += kLanes) {
       Vec block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(from[i] + d);
+      for (int i = 0; i < kLanes; ++i) block[i] = load_units(from[i] + u * kNumbers);
       exchange_rows<1>(block);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) sums[r] += splat(x[r * x_stride + d + i]) * block[i];
+        for (int r = 0; r < kRows; ++r) {
+          sums[r] = Units::add_products(sums[r], splat(x[r * x_stride + u + i]), block[i]);
+        }
       }
     }
-    for (; d < depth; ++d) {
+    for (; u < depth; ++u) {
       float column[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) column[i] = from[i][d];
-      for (int r = 0; r < kRows; ++r) sums[r] += splat(x[r * x_stride + d]) * load(column);
+      for (int64_t i = 0; i < kLanes; ++i) __builtin_memcpy(column + i, from[i] + u * kNumbers, sizeof(float));
+      for (int r = 0; r < kRows; ++r) {
+        sums[r] = Units::add_products(sums[r], splat(x[r * x_stride + u]), load(column));
+      }
     }
     for (int r = 0; r < kRows; ++r) {
       float* at = y + r * y_stride + c;
@@ -143,71 +150,66 @@ SWINKERNELS_INLINE void multiply_tail(int64_t rows, Arguments... arguments) {
   multiply_rows<kRows>(arguments...);
 }
 
-// Multiplies `count` rows of the weight from row `first` on, and their channels [channel, channel + depth), by channels
-// [x_channel, x_channel + depth) of x. The products are channels [y_channel, y_channel + count) of y, or, if `adds`, are
-// added to them.
-void multiply(const LinearLayer& layer, int64_t first, int64_t count, int64_t channel, int64_t depth,
-              const Block& block, const Panels& x, int64_t x_channel, const Panels& y, int64_t y_channel, bool adds) {
-  const float* weight = layer.weight + first * layer.row_stride + channel;
+// Multiplies `count` rows of the weight from row `first` on, and their units [unit, unit + depth), by units
+// [x_unit, x_unit + depth) of x. The products are channels [y_channel, y_channel + count) of y, or, if `adds`, are added
+// to them.
+void multiply(const Layer& layer, int64_t first, int64_t count, int64_t unit, int64_t depth, const Block& block,
+              const Panels& x, int64_t x_unit, const Panels& y, int64_t y_channel, bool adds) {
+  const int64_t channel = unit * kNumbers;
+  const Element* weight = layer.weight + first * layer.row_stride + channel;
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t width = block.width_of(i);
     float* sums = y.at(i) + y_channel * width;
-    matmul_fetching(count, width, depth, weight, layer.row_stride, x.at(i) + x_channel * width, width,
-                    adds ? sums : nullptr, sums, width, i == 0 ? next_slice(layer, first, channel) : nullptr);
+    matmul_fetching<Units>(count, width, depth, weight, layer.row_stride, x.at(i) + x_unit * width, width,
+                           adds ? sums : nullptr, sums, width, i == 0 ? next_slice(layer, first, channel) : nullptr);
   }
   if (block.tail > 0) {
-    multiply_tail<kMaxTail>(block.tail, weight, layer.row_stride, count, depth, x.tail + x_channel, x.tail_stride,
+    multiply_tail<kMaxTail>(block.tail, weight, layer.row_stride, count, depth, x.tail + x_unit, x.tail_stride,
                             y.tail + y_channel, y.tail_stride, adds);
   }
 }
 
 // Channels [0, count) of y = rows [first, first + count) of the weight, times x.
-void multiply_all(const LinearLayer& layer, int64_t first, int64_t count, const Block& block, const Panels& x,
+void multiply_all(const Layer& layer, int64_t first, int64_t count, const Block& block, const Panels& x,
                   const Panels& y) {
+  const int64_t units = layer.in_features / kNumbers;
   for (int64_t c = 0; c < count; c += kColumns) {
-    int64_t d = 0;
+    int64_t u = 0;
     do {  // once if there are no input channels
-      const int64_t depth = smaller(kDepth, layer.in_features - d);
-      multiply(layer, first + c, smaller(kColumns, count - c), d, depth, block, x, d, y, c, d > 0);
-      d += kDepth;
-    } while (d < layer.in_features);
+      multiply(layer, first + c, smaller(kColumns, count - c), u, smaller(kDepth, units - u), block, x, u, y, c, u > 0);
+      u += kDepth;
+    } while (u < units);
   }
 }
 
-// Returns or stores the first `count` lanes of a vector.
-SWINKERNELS_INLINE Vec load_part(const float* from, int64_t count) {
-  float part[kLanes] = {};
-  load_row<Float32>(from, count, part);
-  return load(part);
-}
-SWINKERNELS_INLINE void store_part(float* to, int64_t count, Vec x) {
-  float part[kLanes];
-  store(part, x);
-  for (int64_t i = 0; i < count; ++i) to[i] = part[i];
-}
-
 // Returns `count` biases from that of `channel` on.
-SWINKERNELS_INLINE Vec biases_of(const LinearLayer& layer, int64_t channel, int64_t count) {
+SWINKERNELS_INLINE Vec biases_of(const Layer& layer, int64_t channel, int64_t count) {
   return layer.bias == nullptr ? Vec{} : load_part(layer.bias + channel, count);
 }
 
-// y = activation(y + bias), for channels [0, count) of y, which are the layer's channels from `first` on.
-template <Activation kActivation>
-void activate_all(const LinearLayer& layer, int64_t first, int64_t count, const Block& block, const Panels& y) {
+// Replaces channels [0, count) of y, which are the layer's channels from `first` on, by activation(y + bias), as
+// PanelUnits. The units of two channels take the place of channels that have been read before.
+template <Activation kActivation, class PanelUnits>
+void activate_all(const Layer& layer, int64_t first, int64_t count, const Block& block, const Panels& y) {
+  constexpr int kOfUnit = PanelUnits::kNumbers;
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t width = block.width_of(i);
-    for (int64_t c = 0; c < count; ++c) {
-      const Vec bias = bias_of(layer, first + c);
+    for (int64_t c = 0; c < count; c += kOfUnit) {
+      Vec bias[kOfUnit];
+      for (int n = 0; n < kOfUnit; ++n) bias[n] = bias_of(layer, first + c + n);
       for (int64_t v = 0; v < width; v += kLanes) {
-        float* at = y.at(i) + c * width + v;
-        store(at, activate(load(at) + bias, kActivation));
+        float* at = y.at(i) + v;
+        Vec x[kOfUnit];
+        for (int n = 0; n < kOfUnit; ++n) x[n] = activate(load(at + (c + n) * width) + bias[n], kActivation);
+        store(at + c / kOfUnit * width, PanelUnits::join(x));
       }
     }
   }
   for (int64_t r = 0; r < block.tail; ++r) {
     for (int64_t c = 0; c < count; c += kLanes) {
-      float* at = y.tail_row(r) + c;
-      store(at, activate(load(at) + biases_of(layer, first + c, smaller(kLanes, count - c)), kActivation));
+      float* row = y.tail_row(r);
+      const Vec x = activate(load(row + c) + biases_of(layer, first + c, smaller(kLanes, count - c)), kActivation);
+      *reinterpret_cast<typename PanelUnits::Format::Memory*>(row + c / kOfUnit) = PanelUnits::Format::narrow(x);
     }
   }
 }
@@ -215,8 +217,8 @@ void activate_all(const LinearLayer& layer, int64_t first, int64_t count, const 
 // out = residual + activation(y + bias) for a block's rows of out and of the residual, which may be null, and channels
 // [0, count) of y, which are the layer's channels from `first` on.
 template <Activation kActivation>
-void unpack_block(const LinearLayer& layer, int64_t first, int64_t count, const Block& block, const Panels& y,
-                  const float* residual, float* out) {
+void unpack_block(const Layer& layer, int64_t first, int64_t count, const Block& block, const Panels& y,
+                  const Element* residual, Element* out) {
   const int64_t stride = layer.out_features;
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t at = (block.first + i * kPanelRows) * stride + first;
@@ -247,7 +249,8 @@ struct LinearTasks {
   Blocks blocks;
   int64_t columns, per_block, count;
 
-  explicit LinearTasks(const LinearParams& p) : blocks(p.rows, block_rows(kMaxBlockFloats, p.layer.in_features)) {
+  explicit LinearTasks(const LinearParams<Element>& p)
+      : blocks(p.rows, block_rows(kMaxBlockFloats, p.layer.in_features / kNumbers)) {
     const int64_t slices = (p.layer.out_features + kColumns - 1) / kColumns;
     const int64_t wanted = 1 + kTasks / (1 + blocks.count);  // tasks of a block, if it has as many slices
     columns = (slices + wanted - 1) / wanted * kColumns;
@@ -259,13 +262,13 @@ struct LinearTasks {
 struct LinearScratch {
   Panels x, y;
 
-  LinearScratch(const LinearParams& p, const Blocks& blocks, Arena& arena)
-      : x(blocks, p.layer.in_features, p.norm.given, arena), y(blocks, kColumns, false, arena) {}
+  LinearScratch(const LinearParams<Element>& p, const Blocks& blocks, Arena& arena)
+      : x(blocks, p.layer.in_features / kNumbers, p.norm.given, arena), y(blocks, kColumns, false, arena) {}
 };
 
 template <Activation kActivation>
-void linear_as(const LinearParams& p, int64_t* next, void* memory) {
-  const LinearLayer& layer = p.layer;
+void linear_as(const LinearParams<Element>& p, int64_t* next, void* memory) {
+  const Layer& layer = p.layer;
   const LinearTasks tasks(p);
   Arena arena(memory);
   const LinearScratch s(p, tasks.blocks, arena);
@@ -290,21 +293,21 @@ void linear_as(const LinearParams& p, int64_t* next, void* memory) {
 
 // ---- Two Linear layers with GELU between them ----
 
-Blocks mlp_blocks(const MlpParams& p) {
-  return Blocks(p.rows, block_rows(kMlpBlockFloats, p.fc1.in_features + p.fc2.out_features + kHidden));
+Blocks mlp_blocks(const MlpParams<Element>& p) {
+  return Blocks(p.rows, block_rows(kMlpBlockFloats, p.fc1.in_features / kNumbers + p.fc2.out_features + kHidden));
 }
 
 struct MlpScratch {
   Panels x, hidden, y;
 
-  MlpScratch(const MlpParams& p, const Blocks& blocks, Arena& arena)
-      : x(blocks, p.fc1.in_features, p.norm.given, arena),
+  MlpScratch(const MlpParams<Element>& p, const Blocks& blocks, Arena& arena)
+      : x(blocks, p.fc1.in_features / kNumbers, p.norm.given, arena),
         hidden(blocks, kHidden, false, arena),
         y(blocks, round_up(p.fc2.out_features, kLanes), p.post_norm.given, arena) {}
 };
 
 template <Activation kActivation>
-void mlp_as(const MlpParams& p, int64_t* next, void* memory) {
+void mlp_as(const MlpParams<Element>& p, int64_t* next, void* memory) {
   const Blocks blocks = mlp_blocks(p);
   Arena arena(memory);
   const MlpScratch s(p, blocks, arena);
@@ -318,16 +321,17 @@ void mlp_as(const MlpParams& p, int64_t* next, void* memory) {
     do {  // once if there are no hidden channels
       const int64_t depth = smaller(kHidden, p.fc1.out_features - h);
       multiply_all(p.fc1, h, depth, block, s.x, s.hidden);
-      activate_all<kActivation>(p.fc1, h, depth, block, s.hidden);
+      activate_all<kActivation, Units>(p.fc1, h, depth, block, s.hidden);
       for (int64_t c = 0; c < out; c += kColumns) {
-        multiply(p.fc2, c, smaller(kColumns, out - c), h, depth, block, s.hidden, 0, s.y, c, h > 0);
+        multiply(p.fc2, c, smaller(kColumns, out - c), h / kNumbers, depth / kNumbers, block, s.hidden, 0, s.y, c,
+                 h > 0);
       }
       h += kHidden;
     } while (h < p.fc1.out_features);
-    LinearLayer fc2 = p.fc2;
+    Layer fc2 = p.fc2;
     if (p.post_norm.given) {
-      activate_all<Activation::kNone>(fc2, 0, out, block, s.y);  // adds the bias
-      normalise_block(p.post_norm, out, block, s.y);
+      activate_all<Activation::kNone, Float32Units>(fc2, 0, out, block, s.y);  // adds the bias
+      normalise_block<Float32Units>(p.post_norm, out, block, s.y);
       fc2.bias = nullptr;
     }
     unpack_block<Activation::kNone>(fc2, 0, out, block, s.y, p.residual, p.out);
@@ -336,20 +340,35 @@ void mlp_as(const MlpParams& p, int64_t* next, void* memory) {
 
 // ---- The layer norm of rows ----
 
-float* norm_panel(const NormParams& p, Arena& arena) {
+float* norm_panel(const NormParams<Element>& p, Arena& arena) {
   return arena.take<float>(round_up(p.channels, kLanes) * kLanes);
 }
 
+// Turns the panel of units that takes the last part of a panel (channels, kLanes) into the panel of channels.
+void split_panel(int64_t channels, float* panel) {
+  if constexpr (kNumbers > 1) {
+    const int64_t units = channels / kNumbers;
+    for (int64_t u = 0; u < units; ++u) {
+      Vec numbers[kNumbers];
+      Units::split(load(panel + (channels - units + u) * kLanes), numbers);
+      for (int64_t i = 0; i < kNumbers; ++i) store(panel + (u * kNumbers + i) * kLanes, numbers[i]);
+    }
+  }
+}
+
 // A task is a vector of rows.
-void norm(const NormParams& p, int64_t* next, void* memory) {
+void norm(const NormParams<Element>& p, int64_t* next, void* memory) {
   Arena arena(memory);
   float* panel = norm_panel(p, arena);
+  const int64_t channels = p.channels, units = channels / kNumbers;
   for (;;) {
-    const int64_t first = kLanes * __atomic_fetch_add(next, 1, __ATOMIC_RELAXED), channels = p.channels;
+    const int64_t first = kLanes * __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
     if (first >= p.rows) return;
     const int64_t rows = smaller(kLanes, p.rows - first);
-    pack([&](int64_t r) { return p.x + (first + r) * channels; }, rows, channels, panel, kLanes);
-    normalise(p.norm, channels, kLanes, panel, kLanes);
+    pack([&](int64_t r) { return p.x + (first + r) * channels; }, rows, units, panel + (channels - units) * kLanes,
+         kLanes);
+    split_panel(channels, panel);
+    normalise<Float32Units>(p.norm, channels, kLanes, panel, kLanes);
     unpack<Activation::kNone>({}, 0, channels, panel, kLanes, rows, [&](int64_t r) {
       const int64_t at = (first + r) * channels;
       return Place{p.out + at, p.residual == nullptr ? nullptr : p.residual + at};
@@ -359,29 +378,29 @@ void norm(const NormParams& p, int64_t* next, void* memory) {
 
 // ---- The interface ----
 
-int64_t norm_tasks(const NormParams& p) { return (p.rows + kLanes - 1) / kLanes; }
-int64_t linear_tasks(const LinearParams& p) { return LinearTasks(p).count; }
-int64_t mlp_tasks(const MlpParams& p) { return mlp_blocks(p).count; }
+int64_t norm_tasks(const NormParams<Element>& p) { return (p.rows + kLanes - 1) / kLanes; }
+int64_t linear_tasks(const LinearParams<Element>& p) { return LinearTasks(p).count; }
+int64_t mlp_tasks(const MlpParams<Element>& p) { return mlp_blocks(p).count; }
 
-int64_t linear_scratch_bytes(const LinearParams& p) {
+int64_t linear_scratch_bytes(const LinearParams<Element>& p) {
   Arena arena(nullptr);
   LinearScratch(p, LinearTasks(p).blocks, arena);
   return arena.bytes();
 }
 
-int64_t mlp_scratch_bytes(const MlpParams& p) {
+int64_t mlp_scratch_bytes(const MlpParams<Element>& p) {
   Arena arena(nullptr);
   MlpScratch(p, mlp_blocks(p), arena);
   return arena.bytes();
 }
 
-int64_t norm_scratch_bytes(const NormParams& p) {
+int64_t norm_scratch_bytes(const NormParams<Element>& p) {
   Arena arena(nullptr);
   norm_panel(p, arena);
   return arena.bytes();
 }
 
-void linear(const LinearParams& p, int64_t* next, void* scratch) {
+void linear(const LinearParams<Element>& p, int64_t* next, void* scratch) {
   switch (p.activation) {
     case Activation::kNone:
       return linear_as<Activation::kNone>(p, next, scratch);
@@ -392,7 +411,7 @@ void linear(const LinearParams& p, int64_t* next, void* scratch) {
   }
 }
 
-void mlp(const MlpParams& p, int64_t* next, void* scratch) {
+void mlp(const MlpParams<Element>& p, int64_t* next, void* scratch) {
   switch (p.activation) {
     case Activation::kNone:
       return mlp_as<Activation::kNone>(p, next, scratch);

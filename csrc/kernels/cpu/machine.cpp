@@ -14,6 +14,8 @@ namespace {
 
 const char* name(InstructionSet set) {
   switch (set) {
+    case InstructionSet::kAvx512BFloat16:
+      return "avx512_bf16";
     case InstructionSet::kAvx512:
       return "avx512";
     case InstructionSet::kAvx2:
@@ -29,10 +31,10 @@ std::vector<InstructionSet> supported() {
 #ifdef __x86_64__
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    sets.push_back(InstructionSet::kAvx512);
-  }
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(InstructionSet::kAvx512BFloat16);
+  if (avx512) sets.push_back(InstructionSet::kAvx512);
   if (avx2) sets.push_back(InstructionSet::kAvx2);
 #endif
   sets.push_back(InstructionSet::kBaseline);
@@ -87,6 +89,7 @@ InstructionSet chosen_instruction_set() {
 const Kernels& kernels() {
   switch (chosen_instruction_set()) {
 #ifdef __x86_64__
+    case InstructionSet::kAvx512BFloat16:
     case InstructionSet::kAvx512:
       return kAvx512Kernels;
     case InstructionSet::kAvx2:
@@ -95,6 +98,19 @@ const Kernels& kernels() {
     default:
       return kBaselineKernels;
   }
+}
+
+template <>
+const LayerKernels<float>& layer_kernels() {
+  return kernels().layers;
+}
+
+template <>
+const LayerKernels<uint16_t>& layer_kernels() {
+#ifdef __x86_64__
+  if (chosen_instruction_set() == InstructionSet::kAvx512BFloat16) return kAvx512BFloat16Kernels;
+#endif
+  return kBaselineBFloat16Kernels;
 }
 
 const char* instruction_set() { return name(chosen_instruction_set()); }

@@ -7,7 +7,7 @@
 
 namespace swinkernels::cpu {
 
-enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+enum class InstructionSet { kBaseline, kAvx2, kAvx512, kAvx512BFloat16 };
 
 // Returns the instruction set to use; see instruction_set() in params/cpu.h.
 InstructionSet chosen_instruction_set();
@@ -24,7 +24,10 @@ class MapMemory {
   ~MapMemory();
   MapMemory(const MapMemory&) = delete;
   MapMemory& operator=(const MapMemory&) = delete;
-  float* data() const { return static_cast<float*>(data_); }
+  template <class Element>
+  Element* as() const {
+    return static_cast<Element*>(data_);
+  }
 
  private:
   void* data_;

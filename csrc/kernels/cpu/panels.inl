@@ -1,76 +1,113 @@
-// Panels: rows of a map, transposed, so that each vector holds one channel of kLanes rows. A panel is (channels, width),
-// where the width is the number of rows rounded up to whole vectors; the functions that take a stride allow more room
-// between its channels.
+// Panels: rows of a map, transposed, so that each vector holds one channel or one unit (see simd.inl) of kLanes rows. A
+// panel is (channels, width) or (units, width), where the width is the number of rows rounded up to whole vectors; the
+// functions that take a stride allow more room between its channels. The factors of a product are panels of units, and
+// its sums are a panel of channels. In float32 both are the same.
+//
+// Before it includes this file, a source file defines
+//   SWINKERNELS_UNITS    Float32Units or BFloat16Units, for the format of all rows, weights and biases
 #pragma once
 #include "arena.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
 
-// The products below read a weight in slices of kColumns rows and kDepth channels.
-constexpr int64_t kColumns = 48;  // a multiple of the tiles' heights and of kLanes
-// With 16 lanes, the part of a panel that a slice multiplies would not fit into L1 with 256 channels. With fewer lanes it
+using Units = SWINKERNELS_UNITS;
+using Format = Units::Format;
+using Element = Units::Element;
+constexpr int64_t kNumbers = Units::kNumbers;  // in a unit
+using Layer = LinearLayer<Element>;
+
+SWINKERNELS_INLINE Vec load_elements(const Element* from) {
+  return Format::widen(*reinterpret_cast<const Format::Memory*>(from));
+}
+SWINKERNELS_INLINE void store_elements(Element* to, Vec x) {
+  *reinterpret_cast<Format::Memory*>(to) = Format::narrow(x);
+}
+[[maybe_unused]] SWINKERNELS_INLINE float widen(float x) { return x; }
+[[maybe_unused]] SWINKERNELS_INLINE float widen(uint16_t bfloat16) {
+  const uint32_t bits = uint32_t{bfloat16} << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// The products below read a weight in slices of kColumns rows and kDepth units.
+// A multiple of the tiles' heights and of kLanes; a slice's part of a row of the result is 3 cache lines.
+constexpr int64_t kColumns = 48 * kNumbers;
+// With 16 lanes, the part of a panel that a slice multiplies would not fit into L1 with 256 units. With fewer lanes it
 // would with more, but the rounding errors of a sum grow with its length.
 constexpr int64_t kDepth = kLanes == 16 ? 128 : 256;
 
-// panel (channels, stride) = the transpose of row(0) ... row(rows - 1), which are pointers to `channels` floats.
+// panel (units, stride) = the transpose of row(0) ... row(rows - 1), which are pointers to `units` units.
 template <class Row>
-SWINKERNELS_INLINE void pack(Row row, int64_t rows, int64_t channels, float* panel, int64_t stride) {
-  const int64_t width = round_up(rows, kLanes), whole = channels / kLanes * kLanes;
+SWINKERNELS_INLINE void pack(Row row, int64_t rows, int64_t units, float* panel, int64_t stride) {
+  using From = decltype(row(0));
+  constexpr int64_t kUnit = sizeof(float) / sizeof(*From());
+  const int64_t width = round_up(rows, kLanes), whole = units / kLanes * kLanes;
   for (int64_t v = 0; v < width; v += kLanes) {
-    const float* from[kLanes];  // the last row takes the place of rows that do not exist
+    From from[kLanes];  // the last row takes the place of rows that do not exist
     for (int64_t r = 0; r < kLanes; ++r) from[r] = row(smaller(v + r, rows - 1));
-    for (int64_t c = 0; c < whole; c += kLanes) {
+    for (int64_t u = 0; u < whole; u += kLanes) {
       Vec block[kLanes];
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) block[r] = load(from[r] + c);
+      for (int r = 0; r < kLanes; ++r) block[r] = load_units(from[r] + u * kUnit);
       exchange_rows<1>(block);
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) store(panel + (c + r) * stride + v, block[r]);
+      for (int r = 0; r < kLanes; ++r) store(panel + (u + r) * stride + v, block[r]);
     }
-    for (int64_t c = whole; c < channels; ++c) {
-      for (int64_t r = 0; r < kLanes; ++r) panel[c * stride + v + r] = from[r][c];
+    for (int64_t u = whole; u < units; ++u) {
+      for (int64_t r = 0; r < kLanes; ++r)
+        __builtin_memcpy(panel + u * stride + v + r, from[r] + u * kUnit, sizeof(float));
     }
   }
 }
 
 // Sets `mean` to the mean of x - centre and `square` to that of its square, over the channels of a vector of rows.
+template <class PanelUnits>
 SWINKERNELS_INLINE void moments(Vec centre, const float* panel, int64_t channels, int64_t stride, Vec& mean,
                                 Vec& square) {
   constexpr int kSums = 4;  // independent sums, which hide the latency of an addition
+  const int64_t units = channels / PanelUnits::kNumbers;
   Vec sums[kSums] = {}, squares[kSums] = {};
-  int64_t c = 0;
-  for (; c + kSums <= channels; c += kSums) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) {
-      const Vec x = load(panel + (c + i) * stride) - centre;
+  const auto add = [&](int64_t u, int i) __attribute__((always_inline)) {
+    Vec numbers[PanelUnits::kNumbers];
+    PanelUnits::split(load(panel + u * stride), numbers);
+    for (const Vec number : numbers) {
+      const Vec x = number - centre;
       sums[i] += x;
       squares[i] += x * x;
     }
+  };
+  int64_t u = 0;
+  for (; u + kSums <= units; u += kSums) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) add(u + i, i);
   }
-  for (; c < channels; ++c) {
-    const Vec x = load(panel + c * stride) - centre;
-    sums[0] += x;
-    squares[0] += x * x;
-  }
+  for (; u < units; ++u) add(u, 0);
   mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(channels);
   square = ((squares[0] + squares[1]) + (squares[2] + squares[3])) / static_cast<float>(channels);
 }
 
-// Replaces each row of a panel (channels, stride) by its layer norm, for `width` rows. No sum goes across a vector, and
-// all rows are treated alike, so a row's result does not depend on its place. The second pass over the channels corrects
-// the rounding of the mean, and finds the variance from differences that do not cancel.
-void normalise(const RowNorm& norm, int64_t channels, int64_t width, float* panel, int64_t stride) {
+// Replaces each row of a panel by its layer norm, for `width` rows; the panel consists of PanelUnits. No sum goes across a
+// vector, and all rows are treated alike, so a row's result does not depend on its place. The second pass over the
+// channels corrects the rounding of the mean, and finds the variance from differences that do not cancel.
+template <class PanelUnits>
+void normalise(const RowNorm<Element>& norm, int64_t channels, int64_t width, float* panel, int64_t stride) {
   for (int64_t v = 0; v < width; v += kLanes) {
     Vec about, rest, square;
-    moments(Vec{}, panel + v, channels, stride, about, square);
-    moments(about, panel + v, channels, stride, rest, square);
+    moments<PanelUnits>(Vec{}, panel + v, channels, stride, about, square);
+    moments<PanelUnits>(about, panel + v, channels, stride, rest, square);
     const Vec mean = about + rest, rstd = 1.0f / sqrt(square - rest * rest + norm.eps);
-    for (int64_t c = 0; c < channels; ++c) {
-      float* at = panel + c * stride + v;
-      Vec x = (load(at) - mean) * rstd;
-      if (norm.weight != nullptr) x *= norm.weight[c];
-      store(at, norm.bias == nullptr ? x : x + norm.bias[c]);
+    for (int64_t c = 0; c < channels; c += PanelUnits::kNumbers) {
+      float* at = panel + c / PanelUnits::kNumbers * stride + v;
+      Vec x[PanelUnits::kNumbers];
+      PanelUnits::split(load(at), x);
+      for (int i = 0; i < PanelUnits::kNumbers; ++i) {
+        x[i] = (x[i] - mean) * rstd;
+        if (norm.weight != nullptr) x[i] *= widen(norm.weight[c + i]);
+        if (norm.bias != nullptr) x[i] += widen(norm.bias[c + i]);
+      }
+      store(at, PanelUnits::join(x));
     }
   }
 }
@@ -96,6 +133,21 @@ SWINKERNELS_INLINE Vec gelu(Vec x) {
   return (x < Vec{} ? Vec{} : x) - a * exp(-p);  // NaN stays NaN
 }
 
+// Returns GELU(x) for a result that is rounded to bfloat16. The relative error is below 3e-4 for x >= -4 and below 5e-3,
+// about half a unit in the last place of bfloat16, for x >= -6; below, the absolute error is below 1e-9.
+SWINKERNELS_INLINE Vec gelu_low(Vec x) {
+  // As in gelu, but with Phi(-a) = 2^-p(a), and p fitted for a <= 6 with errors weighted by min(1, exp(6 - 1.5 a)).
+  const Vec magnitude = (Vec)((Bits)x & 0x7fffffff);
+  const Vec a = magnitude < splat(12.0f) ? magnitude : splat(12.0f);  // p(12) = 117
+  Vec p = splat(2.4766105e-4f);
+  p = p * a + -5.0573572e-3f;
+  p = p * a + 4.5419625e-2f;
+  p = p * a + 0.46826981f;
+  p = p * a + 1.1470783f;
+  p = p * a + 1.0002864f;
+  return (x < Vec{} ? Vec{} : x) - a * exp2_low(-p);  // NaN stays NaN
+}
+
 // Returns x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) as x / (1 + exp(-2 sqrt(2 / pi) (...))).
 SWINKERNELS_INLINE Vec gelu_tanh(Vec x) {
   const Vec low = x < splat(-16.0f) ? splat(-16.0f) : x;  // where the result is -3e-34; NaN stays NaN
@@ -104,49 +156,63 @@ SWINKERNELS_INLINE Vec gelu_tanh(Vec x) {
 }
 
 SWINKERNELS_INLINE Vec activate(Vec x, Activation activation) {
-  if (activation == Activation::kGelu) return gelu(x);
+  if (activation == Activation::kGelu) return kNumbers == 1 ? gelu(x) : gelu_low(x);
   return activation == Activation::kGeluTanh ? gelu_tanh(x) : x;
 }
 
-// Returns the part of the weight that follows, in a product, the slice of kColumns rows from `row` on and of kDepth
-// channels from `channel` on.
-const float* next_slice(const LinearLayer& layer, int64_t row, int64_t channel) {
-  const bool same_rows = channel + kDepth < layer.in_features, last = row + kColumns >= layer.out_features;
+// Returns the part of the weight that follows, in a product, the slice of kColumns rows from `row` on and of kDepth units
+// from `channel` on.
+const Element* next_slice(const Layer& layer, int64_t row, int64_t channel) {
+  constexpr int64_t kSlice = kDepth * kNumbers;
+  const bool same_rows = channel + kSlice < layer.in_features, last = row + kColumns >= layer.out_features;
   const int64_t next_row = same_rows || last ? row : row + kColumns;
-  return layer.weight + next_row * layer.row_stride + (same_rows ? channel + kDepth : 0);
+  return layer.weight + next_row * layer.row_stride + (same_rows ? channel + kSlice : 0);
 }
 
-// y (count, stride) = rows [first, first + count) of the layer's weight times the panel x (in_features, stride), for
-// `width` columns.
-void multiply_columns(const LinearLayer& layer, int64_t first, int64_t count, const float* x, float* y, int64_t width,
+// y (count, stride) = rows [first, first + count) of the layer's weight times the panel x of units, for `width` columns.
+void multiply_columns(const Layer& layer, int64_t first, int64_t count, const float* x, float* y, int64_t width,
                       int64_t stride) {
+  const int64_t units = layer.in_features / kNumbers;
   for (int64_t c = 0; c < count; c += kColumns) {
-    int64_t d = 0;
+    int64_t u = 0;
     do {  // once if there are no input channels
+      const int64_t channel = u * kNumbers;
       float* sums = y + c * stride;
-      matmul_fetching(smaller(kColumns, count - c), width, smaller(kDepth, layer.in_features - d),
-                      layer.weight + (first + c) * layer.row_stride + d, layer.row_stride, x + d * stride, stride,
-                      d > 0 ? sums : nullptr, sums, stride, next_slice(layer, first + c, d));
-      d += kDepth;
-    } while (d < layer.in_features);
+      matmul_fetching<Units>(smaller(kColumns, count - c), width, smaller(kDepth, units - u),
+                             layer.weight + (first + c) * layer.row_stride + channel, layer.row_stride, x + u * stride,
+                             stride, u > 0 ? sums : nullptr, sums, stride, next_slice(layer, first + c, channel));
+      u += kDepth;
+    } while (u < units);
   }
 }
 
-SWINKERNELS_INLINE Vec bias_of(const LinearLayer& layer, int64_t channel) {
-  return splat(layer.bias == nullptr ? 0.0f : layer.bias[channel]);
+SWINKERNELS_INLINE Vec bias_of(const Layer& layer, int64_t channel) {
+  return splat(layer.bias == nullptr ? 0.0f : widen(layer.bias[channel]));
 }
 
 // Where a row of a result goes, and the row that is added to it, or null. Nothing is written if `out` is null.
 struct Place {
-  float* out;
-  const float* residual;
+  Element* out;
+  const Element* residual;
 };
+
+// Returns or stores the first `count` lanes of a vector.
+SWINKERNELS_INLINE Vec load_part(const Element* from, int64_t count) {
+  float part[kLanes] = {};
+  load_row<Format>(from, count, part);
+  return load(part);
+}
+SWINKERNELS_INLINE void store_part(Element* to, int64_t count, Vec x) {
+  Element part[kLanes];
+  store_elements(part, x);
+  for (int64_t i = 0; i < count; ++i) to[i] = part[i];
+}
 
 // Writes activation(y + bias) for the panel y (count, stride), whose channels are the layer's channels from `first` on,
 // to place(0) ... place(rows - 1), which begin at the channel `first`. y has room for `count` rounded up to whole
 // vectors.
 template <Activation kActivation, class PlaceOf>
-SWINKERNELS_INLINE void unpack(const LinearLayer& layer, int64_t first, int64_t count, const float* y, int64_t stride,
+SWINKERNELS_INLINE void unpack(const Layer& layer, int64_t first, int64_t count, const float* y, int64_t stride,
                                int64_t rows, PlaceOf place) {
   for (int64_t v = 0; v < rows; v += kLanes) {
     const int64_t last = smaller(kLanes, rows - v);
@@ -168,8 +234,8 @@ SWINKERNELS_INLINE void unpack(const LinearLayer& layer, int64_t first, int64_t 
       if (whole && channels == kLanes) {
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; ++r) {
-          const float* residual = places[r].residual;
-          store(places[r].out + c, residual == nullptr ? block[r] : load(residual + c) + block[r]);
+          const Element* residual = places[r].residual;
+          store_elements(places[r].out + c, residual == nullptr ? block[r] : load_elements(residual + c) + block[r]);
         }
         continue;
       }
@@ -178,9 +244,9 @@ SWINKERNELS_INLINE void unpack(const LinearLayer& layer, int64_t first, int64_t 
       for (int r = 0; r < kLanes; ++r) store(part[r], block[r]);
       for (int64_t r = 0; r < last; ++r) {
         const auto [out, residual] = places[r];
-        for (int64_t i = 0; out != nullptr && i < channels; ++i) {
-          out[c + i] = residual == nullptr ? part[r][i] : residual[c + i] + part[r][i];
-        }
+        if (out == nullptr) continue;
+        const Vec x = load(part[r]);
+        store_part(out + c, channels, residual == nullptr ? x : load_part(residual + c, channels) + x);
       }
     }
   }

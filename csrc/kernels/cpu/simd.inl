@@ -6,6 +6,7 @@
 //   SWINKERNELS_ISA      the namespace of the code for this set
 //   SWINKERNELS_LANES    number of floats in a vector
 //   SWINKERNELS_AVX      defined if <immintrin.h> has float16 conversions and square roots for such vectors
+//   SWINKERNELS_BF16     defined if <immintrin.h> has bfloat16 conversions and products for such vectors
 // The linker merges inline functions and templates that several object files share; it may keep the AVX-512 copy, which
 // then runs on a machine without AVX-512. So everything here has internal linkage and calls nothing in std::.
 
@@ -68,6 +69,9 @@ SWINKERNELS_INLINE Int first_lanes(int64_t count) {
 SWINKERNELS_INLINE Vec widen_bfloat16(HalfBits h) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }
 
 SWINKERNELS_INLINE HalfBits narrow_bfloat16(Vec x) {
+#ifdef SWINKERNELS_BF16
+  return (HalfBits)_mm512_cvtneps_pbh((__m512)x);
+#endif
   const Bits bits = (Bits)x;
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const Bits quiet_nan = (bits >> 16) | 0x40;
@@ -182,6 +186,17 @@ SWINKERNELS_INLINE Vec exp(Vec x) {
   return x < splat(-87.33654f) ? Vec{} : fraction * scale;        // NaN stays NaN
 }
 
+// Returns 2^x for a result that is rounded to bfloat16, for x of -125 to 127, with a relative error below 8e-5.
+SWINKERNELS_INLINE Vec exp2_low(Vec x) {
+  const Vec shifted = x + 12582912.0f;  // as in exp
+  const Vec r = x - (shifted - 12582912.0f);
+  const Vec power = ((5.517167e-2f * r + 0.24261113f) * r + 0.69326099f) * r + 0.99992807f;  // minimax for |r| <= 1/2
+  return (Vec)((Bits)power + ((Bits)shifted << 23));                                         // NaN stays NaN
+}
+
+// Returns exp(x) for a result that is rounded to bfloat16, for x of at most 0; below -86 the result is exp(-86).
+SWINKERNELS_INLINE Vec exp_low(Vec x) { return exp2_low((x < splat(-86.0f) ? splat(-86.0f) : x) * 1.44269504f); }
+
 // Returns the natural logarithm of a normal positive number, within 1.5 ulp; NaN for infinity and NaN.
 SWINKERNELS_INLINE Vec log(Vec x) {
   // x = 2^n * m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
@@ -288,40 +303,109 @@ SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t colu
   return sums[0];
 }
 
+// ---- Products ----
+
+// A unit is the 4 bytes that one lane of a product multiplies: one float32 number, or two bfloat16 numbers, whose two
+// products are added. A vector of units has the type Vec.
+struct Float32Units {
+  using Format = Float32;
+  using Element = float;
+  static constexpr int kNumbers = 1;  // in a unit
+  static SWINKERNELS_INLINE Vec add_products(Vec sums, Vec a, Vec b) { return sums + a * b; }
+  static SWINKERNELS_INLINE void split(Vec units, Vec (&numbers)[1]) { numbers[0] = units; }
+  static SWINKERNELS_INLINE Vec join(const Vec (&numbers)[1]) { return numbers[0]; }
+  // Returns exp(x) as exactly as the format needs, for x of at most 0.
+  static SWINKERNELS_INLINE Vec exp(Vec x) { return SWINKERNELS_ISA::exp(x); }
+};
+
+struct BFloat16Units {
+  using Format = BFloat16;
+  using Element = uint16_t;
+  static constexpr int kNumbers = 2;
+  static SWINKERNELS_INLINE Vec add_products(Vec sums, Vec a, Vec b) {
+#ifdef SWINKERNELS_BF16
+    return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+    Vec x[2], y[2];
+    split(a, x);
+    split(b, y);
+    return sums + x[0] * y[0] + x[1] * y[1];
+#endif
+  }
+  static SWINKERNELS_INLINE void split(Vec units, Vec (&numbers)[2]) {
+    numbers[0] = (Vec)((Bits)units << 16);
+    numbers[1] = (Vec)((Bits)units & 0xffff0000u);
+  }
+  static SWINKERNELS_INLINE Vec join(const Vec (&numbers)[2]) {
+#ifdef SWINKERNELS_BF16
+    return interleave((Vec)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]), AllLanes());
+#else
+    const Bits low = __builtin_convertvector(narrow_bfloat16(numbers[0]), Bits);
+    return (Vec)(low | __builtin_convertvector(narrow_bfloat16(numbers[1]), Bits) << 16);
+#endif
+  }
+  static SWINKERNELS_INLINE Vec exp(Vec x) { return exp_low(x); }
+
+ private:
+#ifdef SWINKERNELS_BF16
+  // Returns units of the numbers of both halves of a vector.
+  template <int... I>
+  static SWINKERNELS_INLINE Vec interleave(Vec halves, Indices<I...>) {
+    const Bits order = {(I | (I + kLanes) << 16)...};
+    return (Vec)_mm512_maskz_permutexvar_epi16(0xffffffff, (__m512i)order, (__m512i)halves);
+  }
+#endif
+};
+
+// Return a vector of consecutive units, and a vector whose lanes are all equal to one unit.
+template <class Element>
+SWINKERNELS_INLINE Vec load_units(const Element* from) {
+  Vec units;
+  __builtin_memcpy(&units, from, sizeof(units));
+  return units;
+}
+template <class Element>
+SWINKERNELS_INLINE Vec splat_unit(const Element* from) {
+  float unit;
+  __builtin_memcpy(&unit, from, sizeof(unit));
+  return splat(unit);
+}
+
 // Adds the products of column k of a and row k of b to the sums of a tile.
-template <int kRows, int kVectors, bool kTransposed>
-SWINKERNELS_INLINE void add_products(Vec (&sums)[kRows][kVectors], int64_t k, const float* a, int64_t lda,
-                                     const float* b, int64_t ldb) {
+template <int kRows, int kVectors, bool kTransposed, class Units>
+SWINKERNELS_INLINE void add_products(Vec (&sums)[kRows][kVectors], int64_t k, const typename Units::Element* a,
+                                     int64_t lda, const float* b, int64_t ldb) {
   Vec row[kVectors];
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * ldb + v * kLanes);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    const Vec factor = splat(kTransposed ? a[k * lda + r] : a[r * lda + k]);
+    const Vec factor = splat_unit(kTransposed ? a + k * lda + r * Units::kNumbers : a + r * lda + k * Units::kNumbers);
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * row[v];
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Units::add_products(sums[r][v], factor, row[v]);
   }
 }
 
 constexpr int64_t kLine = 16;  // floats in a cache line
 
-// Computes a tile of c = a b + addend in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend,
-// which may be c itself, or null for zero, has c's layout and is added last. If kFetches, fetches the same part of
-// the matrix `next`, which has the layout of a: a processor's own prefetching does not follow a tile from one row to the
-// next.
-template <int kRows, int kVectors, bool kTransposed, bool kFetches>
-void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* addend, float* c,
-                 int64_t ldc, const float* next) {
+// Computes a tile of c = a b + addend in registers. a is a matrix of units (rows, depth), or (depth, rows) if kTransposed,
+// whose rows are lda elements apart, b is one of units (depth, columns), and c is one of floats. The addend, which may be
+// c itself, or null for zero, has c's layout and is added last. If kFetches, fetches the same part of the matrix `next`,
+// which has the layout of a: a processor's own prefetching does not follow a tile from one row to the next.
+template <int kRows, int kVectors, bool kTransposed, bool kFetches, class Units>
+void matmul_tile(int64_t depth, const typename Units::Element* a, int64_t lda, const float* b, int64_t ldb,
+                 const float* addend, float* c, int64_t ldc, const typename Units::Element* next) {
   Vec sums[kRows][kVectors] = {};
   int64_t k = 0;
   if constexpr (kFetches) {
     for (; k + kLine <= depth; k += kLine) {
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(next + r * lda + k);
-      for (int64_t i = k; i < k + kLine; ++i) add_products<kRows, kVectors, kTransposed>(sums, i, a, lda, b, ldb);
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(next + r * lda + k * Units::kNumbers);
+      for (int64_t i = k; i < k + kLine; ++i)
+        add_products<kRows, kVectors, kTransposed, Units>(sums, i, a, lda, b, ldb);
     }
   }
-  for (; k < depth; ++k) add_products<kRows, kVectors, kTransposed>(sums, k, a, lda, b, ldb);
+  for (; k < depth; ++k) add_products<kRows, kVectors, kTransposed, Units>(sums, k, a, lda, b, ldb);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
@@ -342,21 +426,22 @@ constexpr int kTileVectors = 2;
 constexpr int tile_rows(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
-template <int kRows, int kVectors, bool kTransposed, bool kFetches>
-SWINKERNELS_INLINE void matmul_tile_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
-                                       int64_t ldb, const float* addend, float* c, int64_t ldc, const float* next) {
+template <int kRows, int kVectors, bool kTransposed, bool kFetches, class Units>
+SWINKERNELS_INLINE void matmul_tile_of(int64_t rows, int64_t depth, const typename Units::Element* a, int64_t lda,
+                                       const float* b, int64_t ldb, const float* addend, float* c, int64_t ldc,
+                                       const typename Units::Element* next) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return matmul_tile_of<kRows - 1, kVectors, kTransposed, kFetches>(rows, depth, a, lda, b, ldb, addend, c, ldc,
-                                                                        next);
+      return matmul_tile_of<kRows - 1, kVectors, kTransposed, kFetches, Units>(rows, depth, a, lda, b, ldb, addend, c,
+                                                                               ldc, next);
     }
   }
-  matmul_tile<kRows, kVectors, kTransposed, kFetches>(depth, a, lda, b, ldb, addend, c, ldc, next);
+  matmul_tile<kRows, kVectors, kTransposed, kFetches, Units>(depth, a, lda, b, ldb, addend, c, ldc, next);
 }
 
-template <int kVectors, bool kTransposed, bool kFetches>
-void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-                  const float* addend, float* c, int64_t ldc, const float* next) {
+template <int kVectors, bool kTransposed, bool kFetches, class Units>
+void matmul_panel(int64_t rows, int64_t depth, const typename Units::Element* a, int64_t lda, const float* b,
+                  int64_t ldb, const float* addend, float* c, int64_t ldc, const typename Units::Element* next) {
   // All tiles have nearly the same height: a last tile of few rows would have too few independent sums to hide the
   // latency of multiplication.
   constexpr int kMaxRows = tile_rows(kVectors);
@@ -364,28 +449,30 @@ void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, cons
   for (int64_t i = 0, tile = 0; tile < tiles; ++tile) {
     const int64_t height = (rows - i) / (tiles - tile);
     const float* addend_i = addend == nullptr ? nullptr : addend + i * ldc;
-    const float* next_i = kFetches && tile + 1 < tiles ? a + (i + height) * lda : next;
-    matmul_tile_of<kMaxRows, kVectors, kTransposed, kFetches>(height, depth, a + (kTransposed ? i : i * lda), lda, b,
-                                                              ldb, addend_i, c + i * ldc, ldc, next_i);
+    const auto* next_i = kFetches && tile + 1 < tiles ? a + (i + height) * lda : next;
+    matmul_tile_of<kMaxRows, kVectors, kTransposed, kFetches, Units>(height, depth,
+                                                                     a + (kTransposed ? i * Units::kNumbers : i * lda),
+                                                                     lda, b, ldb, addend_i, c + i * ldc, ldc, next_i);
     i += height;
   }
 }
 
-// c (rows, columns) = a b + addend with b (depth, columns); columns is a multiple of kLanes. If a is unlikely to be in a
-// cache, `next` is the matrix, in a's layout, that the next call multiplies, or a itself if there is none.
-template <bool kTransposed>
-SWINKERNELS_INLINE void matmul_with(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda,
-                                    const float* b, int64_t ldb, const float* addend, float* c, int64_t ldc,
-                                    const float* next) {
+// c (rows, columns) = a b + addend; columns is a multiple of kLanes. If a is unlikely to be in a cache, `next` is the
+// matrix, in a's layout, that the next call multiplies, or a itself if there is none.
+template <bool kTransposed, class Units>
+SWINKERNELS_INLINE void matmul_with(int64_t rows, int64_t columns, int64_t depth, const typename Units::Element* a,
+                                    int64_t lda, const float* b, int64_t ldb, const float* addend, float* c,
+                                    int64_t ldc, const typename Units::Element* next) {
   for (int64_t j = 0; j < columns;) {
     const int64_t left = (columns - j) / kLanes;
     const float* addend_j = addend == nullptr ? nullptr : addend + j;
     const auto panel = [&](auto vectors) {
       constexpr int kVectors = decltype(vectors)::kValue;
       if (next != nullptr && j == 0) {
-        matmul_panel<kVectors, kTransposed, true>(rows, depth, a, lda, b, ldb, addend, c, ldc, next);
+        matmul_panel<kVectors, kTransposed, true, Units>(rows, depth, a, lda, b, ldb, addend, c, ldc, next);
       } else {
-        matmul_panel<kVectors, kTransposed, false>(rows, depth, a, lda, b + j, ldb, addend_j, c + j, ldc, nullptr);
+        matmul_panel<kVectors, kTransposed, false, Units>(rows, depth, a, lda, b + j, ldb, addend_j, c + j, ldc,
+                                                          nullptr);
       }
       j += decltype(vectors)::kValue * kLanes;
     };
@@ -401,16 +488,17 @@ SWINKERNELS_INLINE void matmul_with(int64_t rows, int64_t columns, int64_t depth
   }
 }
 
-template <bool kTransposed>
-void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-            const float* addend, float* c, int64_t ldc) {
-  matmul_with<kTransposed>(rows, columns, depth, a, lda, b, ldb, addend, c, ldc, nullptr);
+template <bool kTransposed, class Units = Float32Units>
+void matmul(int64_t rows, int64_t columns, int64_t depth, const typename Units::Element* a, int64_t lda, const float* b,
+            int64_t ldb, const float* addend, float* c, int64_t ldc) {
+  matmul_with<kTransposed, Units>(rows, columns, depth, a, lda, b, ldb, addend, c, ldc, nullptr);
 }
 
-[[maybe_unused]] void matmul_fetching(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda,
-                                      const float* b, int64_t ldb, const float* addend, float* c, int64_t ldc,
-                                      const float* next) {
-  matmul_with<false>(rows, columns, depth, a, lda, b, ldb, addend, c, ldc, next);
+template <class Units>
+void matmul_fetching(int64_t rows, int64_t columns, int64_t depth, const typename Units::Element* a, int64_t lda,
+                     const float* b, int64_t ldb, const float* addend, float* c, int64_t ldc,
+                     const typename Units::Element* next) {
+  matmul_with<false, Units>(rows, columns, depth, a, lda, b, ldb, addend, c, ldc, next);
 }
 
 }  // namespace

@@ -509,20 +509,28 @@ struct Forward {
   }
 };
 
-// Turns a block's scores into exp(score - max), and writes lse and the reciprocal of the sum.
+// Turns a block's scores into units of exp(score - max), along the keys, and writes lse and the reciprocal of the sum. The
+// units of two keys take the place of keys that have been read before; a missing last key counts as 0.
+template <class Units>
 void softmax(const Sizes& sizes, int64_t queries, float* scores, float* lse, float* reciprocal) {
+  constexpr int kOfUnit = Units::kNumbers;
   for (int64_t i = 0; i < queries; i += kLanes) {
     Vec max = load(scores + i);
     for (int64_t key = 1; key < sizes.keys; ++key) max = larger(load(scores + key * sizes.block + i), max);
     Vec sum = {};
     for (int64_t first = 0; first < sizes.keys; first += kSummedKeys) {
       Vec part = {};
-      for (int64_t key = first; key < smaller(first + kSummedKeys, sizes.keys); ++key) {
-        float* at = scores + key * sizes.block + i;
-        const Vec x = exp(load(at) - max);
-        store(at, x);
-        part += x;
-      }
+      const int64_t end = smaller(first + kSummedKeys, sizes.keys);
+      const auto add = [&](int64_t key, auto count) __attribute__((always_inline)) {
+        Vec x[kOfUnit] = {};
+        for (int n = 0; n < decltype(count)::kValue; ++n) {
+          x[n] = Units::exp(load(scores + (key + n) * sizes.block + i) - max);
+          part += x[n];
+        }
+        store(scores + key / kOfUnit * sizes.block + i, Units::join(x));
+      };
+      for (int64_t key = first; key + kOfUnit <= end; key += kOfUnit) add(key, Constant<kOfUnit>());
+      if ((end - first) % kOfUnit != 0) add(end - 1, Constant<1>());
       sum += part;
     }
     store(lse + i, max + log(sum));
@@ -556,7 +564,7 @@ void forward(const WindowAttentionForwardParams& p, int64_t begin, int64_t end, 
       const float* start =
           start_scores(sizes, s.bias, s.axes, s.window.bias_type, head, b, factor, s.rows, s.q_t, s.scores);
       compute_scores(p, sizes, s.window, s.k, s.q_t, start, b, s.scores);
-      softmax(sizes, queries, s.scores, s.lse, s.reciprocal);
+      softmax<Float32Units>(sizes, queries, s.scores, s.lse, s.reciprocal);
       matmul<true>(queries, sizes.row, sizes.keys, s.scores, sizes.block, s.v, sizes.row, nullptr, s.rows, sizes.row);
       scatter(
           p.dtype, p.out, s.out_offsets, first, queries, head, sizes, [&](int64_t i) { return s.reciprocal[i]; },
@@ -803,6 +811,9 @@ int64_t backward_scratch_bytes(const WindowAttentionBackwardParams& params) {
   Backward s(params, arena);
   return arena.bytes();
 }
+
+[[maybe_unused]] constexpr WindowAttentionKernels kWindowAttentionKernels = {
+    forward_scratch_bytes, backward_scratch_bytes, forward, backward, sum_key_gradients};
 
 }  // namespace
 }  // namespace swinkernels::cpu::SWINKERNELS_ISA

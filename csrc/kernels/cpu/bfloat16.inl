@@ -1,0 +1,9 @@
+// The table of the bfloat16 kernels of one instruction set; see simd.inl for how this is compiled.
+#define SWINKERNELS_UNITS BFloat16Units
+#include "attention_half.inl"
+
+namespace swinkernels::cpu {
+
+const LayerKernels<uint16_t> SWINKERNELS_KERNELS = SWINKERNELS_ISA::kLayerKernels;
+
+}  // namespace swinkernels::cpu
