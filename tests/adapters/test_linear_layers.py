@@ -136,12 +136,8 @@ def test_each_half_is_one_op(family, dtype, monkeypatch):
     # The attention of Swin3D is called as a module.
     assert called.count("swinkernels::fused_attention_half") == (0 if family == "torchvision Swin3D" else 2 * blocks)
     assert called.count("swinkernels::fused_mlp") == 2 * blocks
-    library = model(x)
     exact = model.double()(x.double())
-    if dtype == torch.float32:
-        assert (got - exact).abs().max() <= 1e-4 * exact.abs().max()
-    else:
-        assert (got - exact).norm() <= 1.2 * (library - exact).norm()
+    assert (got - exact).norm() <= (1e-5 if dtype == torch.float32 else 4e-2) * exact.norm()
 
 
 def scale(module: nn.Module) -> None:
