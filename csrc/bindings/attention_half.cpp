@@ -22,12 +22,11 @@ Tensor fused_attention_half(Tensor x, Tensor q_weight, OptionalTensor k_weight, 
                             OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor bias_table,
                             OptionalTensor bias, OptionalTensor logit_scale, OptionalTensor region_map,
                             std::string wire, double scale, double mask_value, int64_t num_heads, bool residual,
-                            std::string norm, double eps, bool by_layers) {
+                            std::string norm, double eps, std::optional<bool> by_layers) {
   check_norm(norm);
   return with_element_of(x, [&](auto element) {
     using Element = decltype(element);
     const WindowSpec spec(wire, scale, mask_value, 0.0);
-    if (by_layers ? !x.is_contiguous() : x.stride(x.dim() - 1) != 1) x = as_contiguous(x);
     cpu::AttentionHalfParams<Element> p{};
     const int64_t rank = x.dim() - 2, channels = p.channels = x.size(x.dim() - 1);
     STD_TORCH_CHECK(k_weight.has_value() == v_weight.has_value(), "swinkernels: the weights of k and v come together");
@@ -54,7 +53,6 @@ Tensor fused_attention_half(Tensor x, Tensor q_weight, OptionalTensor k_weight, 
     p.norm = norm_of<Element>(norm_weight, norm_bias, norm, "pre", eps, channels);
     p.post_norm = norm_of<Element>(norm_weight, norm_bias, norm, "post", eps, channels);
     p.residual = residual;
-    p.by_layers = by_layers;
     p.threads = torch::stable::get_num_threads();
 
     p.attention.dtype = dtype_of(x);
@@ -70,6 +68,8 @@ Tensor fused_attention_half(Tensor x, Tensor q_weight, OptionalTensor k_weight, 
     fill_tables(p.attention, tables, spec, rank);
     Tensor out = new_empty(x, shape);
     if (out.numel() == 0) return out;
+    p.by_layers = by_layers ? *by_layers : cpu::is_faster_by_layers(p);
+    if (p.by_layers ? !x.is_contiguous() : x.stride(x.dim() - 1) != 1) x = as_contiguous(x);
     p.x = input_map(x, 0, rank, 0);
     p.out = output_map(out, 0, rank, 0);
     cpu::attention_half_forward(p, parallel_for);

@@ -67,7 +67,7 @@ Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor
 
 Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc2_weight, OptionalTensor fc2_bias,
                  OptionalTensor residual, OptionalTensor norm_weight, OptionalTensor norm_bias, std::string gelu,
-                 std::string norm, double eps, bool by_layers) {
+                 std::string norm, double eps, std::optional<bool> by_layers) {
   check_norm(norm);
   return with_element_of(x, [&](auto element) {
     using Element = decltype(element);
@@ -77,9 +77,9 @@ Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc
     p.norm = norm_of<Element>(norm_weight, norm_bias, norm, "pre", eps, p.fc1.in_features);
     p.post_norm = norm_of<Element>(norm_weight, norm_bias, norm, "post", eps, p.fc2.out_features);
     p.activation = activation_of(gelu);
-    p.by_layers = by_layers;
     Rows rows(std::move(x), std::move(residual), p.fc2.out_features);
     rows.fill(p);
+    p.by_layers = by_layers ? *by_layers : cpu::is_faster_by_layers(p, torch::stable::get_num_threads());
     if (p.rows > 0) cpu::mlp_forward(p, parallel_for);
     return rows.out;
   });

@@ -90,14 +90,14 @@ void fused(Library& m) {
             .c_str());
   m.def(("fused_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
          "Tensor? residual, " +
-         norm + ", str gelu, " + of_norm + ", bool by_layers) -> Tensor")
+         norm + ", str gelu, " + of_norm + ", bool? by_layers) -> Tensor")
             .c_str());
   m.def(("fused_attention_half(Tensor x, Tensor q_weight, Tensor? k_weight, Tensor? v_weight, Tensor? qkv_bias, "
          "Tensor proj_weight, Tensor? proj_bias, " +
          norm +
          ", Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? region_map, str spec, float scale, "
          "float mask_value, int num_heads, bool residual, " +
-         of_norm + ", bool by_layers) -> Tensor")
+         of_norm + ", bool? by_layers) -> Tensor")
             .c_str());
 }
 

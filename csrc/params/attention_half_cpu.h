@@ -21,8 +21,12 @@ struct AttentionHalfParams {
   LinearLayer<Element> qkv[3];  // num_heads * head_dim rows each, with biases that follow one another, or none
   LinearLayer<Element> proj;
   int64_t threads;  // the number of threads that the work should keep busy
-  bool by_layers;   // compute one layer for all rows before the next one
+  bool by_layers;   // compute one layer for all rows of some images before the next one; see is_faster_by_layers
 };
+
+// Returns true if a call should compute its layers one after the other.
+template <class Element>
+bool is_faster_by_layers(const AttentionHalfParams<Element>& params);
 
 template <class Element>
 void attention_half_forward(const AttentionHalfParams<Element>& params, ParallelFor parallel_for);

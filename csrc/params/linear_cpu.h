@@ -49,7 +49,7 @@ struct MlpParams {
   RowNorm<Element> norm, post_norm;
   LinearLayer<Element> fc1, fc2;
   Activation activation;
-  bool by_layers;  // compute one layer for all rows before the next one
+  bool by_layers;  // compute one layer for all rows before the next one; see is_faster_by_layers
 };
 
 // out = residual + norm(x). All rows are contiguous; out may be x.
@@ -61,6 +61,10 @@ struct NormParams {
   int64_t rows, channels;
   RowNorm<Element> norm;
 };
+
+// Returns true if a call on this number of threads should compute its layers one after the other.
+template <class Element>
+bool is_faster_by_layers(const MlpParams<Element>& params, int64_t threads);
 
 template <class Element>
 void linear_forward(const LinearParams<Element>& params, ParallelFor parallel_for);

@@ -338,7 +338,7 @@ def _fused_mlp(
     gelu: str,
     norm: str,
     eps: float,
-    by_layers: bool,
+    by_layers: bool | None,
 ) -> Tensor:
     h = _fused_linear(x, fc1_weight, fc1_bias, None, norm_weight, norm_bias, gelu, norm, eps)
     y = F.linear(h, fc2_weight, fc2_bias)
@@ -366,7 +366,7 @@ def _fused_attention_half(
     residual: bool,
     norm: str,
     eps: float,
-    by_layers: bool,
+    by_layers: bool | None,
 ) -> Tensor:
     weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
     z = _normed(x, norm_weight, norm_bias, eps, norm == "pre")

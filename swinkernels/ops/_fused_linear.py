@@ -27,6 +27,7 @@ from swinkernels.ops._library import (
     PLAIN_TYPES,
     any_requires_grad,
     autocast_dtype,
+    constant_when_compiled,
     define,
     is_plain,
     linear_dtype,
@@ -34,14 +35,15 @@ from swinkernels.ops._library import (
 )
 from swinkernels.ops._onednn import is_available, is_large
 
-# norm is "", "pre" (of x) or, in fused_mlp, "post" (of the result, before the residual is added).
+# norm is "", "pre" (of x) or, in fused_mlp, "post" (of the result, before the residual is added). If by_layers is true,
+# the second layer begins after the first one; if it is None, the op does so if that is faster.
 define(
     "fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, "
     "str gelu, str norm, float eps) -> Tensor"
 )
 define(
     "fused_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? residual, "
-    "Tensor? norm_weight, Tensor? norm_bias, str gelu, str norm, float eps, bool by_layers) -> Tensor"
+    "Tensor? norm_weight, Tensor? norm_bias, str gelu, str norm, float eps, bool? by_layers) -> Tensor"
 )
 
 
@@ -105,17 +107,25 @@ def _may_use_kernels(dtype: torch.dtype) -> bool:
     return _has_kernels(dtype) and not (dtype == torch.float32 and _allows_bfloat16_products())
 
 
-def _has_kernels_for(x: Tensor, *weights: Tensor) -> bool:
-    """Return True if the kernels run here and are fast: they pad a single row and copy a weight with other strides.
+def _is_compiled() -> bool:
+    """Return True in code that torch.compile compiles for this machine; exported code must run elsewhere, too."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
-    In bfloat16, they multiply the channels in pairs.
-    """
-    return (
-        _may_use_kernels(x.dtype)
-        and x.numel() > x.shape[-1]
-        and all(w.stride(1) == 1 for w in weights)
-        and (x.dtype == torch.float32 or all(w.shape[1] % 2 == 0 for w in weights))
-    )
+
+@constant_when_compiled
+def _compiles_kernels(dtype: torch.dtype) -> bool:
+    """Return True if compiled inference in a dtype may call the kernels."""
+    return _may_use_kernels(dtype) and is_available(dtype)
+
+
+def _has_kernels_for(x: Tensor, *weights: Tensor) -> bool:
+    """Return True if the kernels run here and are fast: they pad a single row."""
+    return _may_use_kernels(x.dtype) and x.numel() > x.shape[-1] and _are_readable_weights(x, weights)
+
+
+def _are_readable_weights(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Return True if the kernels read weights where they lie, and in bfloat16 if their channels are pairs."""
+    return all(w.stride(1) == 1 and (x.dtype == torch.float32 or w.shape[1] % 2 == 0) for w in weights)
 
 
 def runs_alone(x: Tensor, weight: Tensor) -> bool:
@@ -150,7 +160,7 @@ def linear(
     """
     if on_kernels:
         norm_weight, norm_bias, eps, place = norm or _NO_NORM
-        return _run(_LINEAR_OP, x, weight, bias, residual, norm_weight, norm_bias, gelu or "", place, eps)
+        return run(_LINEAR_OP, x, weight, bias, residual, norm_weight, norm_bias, gelu or "", place, eps)
     if x.device.type == "cpu" and _is_fused(x, (weight, bias)):
         added = residual if residual is not None and _can_be_added(residual, x, weight) else None
         has_kernels = _has_kernels_for(x, weight) and runs_alone(x, weight)
@@ -193,15 +203,13 @@ def mlp(
     A large GELU result is never whole in memory: its rows are computed and used piece by piece. ``on_kernels`` is as in
     :func:`linear`.
     """
-    width, rows = fc1[0].shape[0], x.numel() // max(x.shape[-1], 1)
     if on_kernels or _is_one_op(x, fc1, fc2, residual, norm):
         norm_weight, norm_bias, eps, place = norm or _NO_NORM
-        channels = x.shape[-1] + fc2[0].shape[0]
-        by_layers = rows < _ROWS_PER_THREAD * torch.get_num_threads() or channels > _MOST_CHANNELS
-        return _run(_MLP_OP, x, *fc1, *fc2, residual, norm_weight, norm_bias, gelu, place, eps, by_layers)
+        return run(_MLP_OP, x, *fc1, *fc2, residual, norm_weight, norm_bias, gelu, place, eps, None)
     if norm is not None and norm.place == "post":
         y = layer_norm(mlp(x, fc1, fc2, gelu=gelu), *norm[:3])
         return y if residual is None else (residual + y).to(residual.dtype)
+    width, rows = fc1[0].shape[0], x.numel() // max(x.shape[-1], 1)
     is_broadcast = residual is not None and residual.shape != (*x.shape[:-1], fc2[0].shape[0])
     if rows * width * x.element_size() <= _LARGE or is_broadcast or x.device.type != "cpu" or not _is_fused(x, fc1):
         return linear(linear(x, *fc1, gelu=gelu, norm=norm), *fc2, residual=residual)
@@ -216,41 +224,36 @@ def mlp(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _run(op: Any, *arguments: Any) -> Tensor:
-    """Run an op on tensors that are known to be plain and to need no gradient."""
+def run(op: Any, *arguments: Any) -> Tensor:
+    """Run an op on tensors that need no gradient and that are known to be plain, except in compiled code."""
+    if torch.compiler.is_compiling():
+        return op.overload(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op.overload(*arguments)
 
 
-# In a single pass, fused_mlp divides its rows into blocks of at most 128 rows, and reads all weights for each. By
-# layers, the columns are divided, too, so few rows use the threads better. The more channels x and the result have
-# together, the fewer rows of them stay in the cache, and the more often the weights are read: on two threads of an AMD
-# EPYC, a single pass took 0.86 of the time of two layers for 2 * 1024 channels, and 1.5 for 2 * 1536.
-_ROWS_PER_THREAD, _MOST_CHANNELS = 256, 2048
 # glibc returns blocks of more than 32 MiB to the system when they are freed, so every call would have to map their
 # pages again. Pieces of 8 MiB are reused, and fit into most processors' last-level caches.
 _LARGE, _PIECE = 32 << 20, 8 << 20
 
 
 def fuses(x: Tensor) -> bool:
-    """Return True if a module with input ``x`` should call :func:`linear`: in eager CPU inference, if it can be fused.
+    """Return True if a module with input ``x`` should call :func:`linear`: in eager CPU inference, if that is fused."""
+    return _is_inference(x) and is_plain((x,)) and is_available(x.dtype)
 
-    The result is False under autocast, because torch caches the cast weights only for its own functions.
-    """
-    return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and is_plain((x,))
-        and not torch.is_autocast_enabled("cpu")
-        and is_available(x.dtype)
-    )
+
+def _is_inference(x: Tensor) -> bool:
+    """Return True in inference on a CPU, but not under autocast: torch caches cast weights only for its functions."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def joins(x: Tensor) -> bool:
     """Return True if a module with input ``x`` should leave norms to Linear layers, and maps to their halves.
 
-    This is the case if the extension's kernels compute inference in the dtype of ``x`` here.
+    This is the case if the extension's kernels compute inference in the dtype of ``x`` here, also in compiled code.
     """
+    if _is_compiled():
+        return _is_inference(x) and _compiles_kernels(x.dtype)
     return fuses(x) and _may_use_kernels(x.dtype)
 
 
@@ -296,6 +299,8 @@ def fit_kernels(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
 
 def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
     """Return True if the kernels may run now on ``tensors``, for which :func:`fit_kernels` returned True."""
+    if _is_compiled():
+        return not torch.is_grad_enabled() and _compiles_kernels(x.dtype) and _are_readable_weights(x, weights)
     return (
         is_plain(tensors)  # first, because a compiler cannot trace the others
         and _has_kernels(x.dtype)

@@ -70,6 +70,11 @@ def constant_when_compiled(function: Function) -> Function:
     return function
 
 
+def uncached_when_compiled(function: Any) -> Any:
+    """Return a function of functools.cache, or in compiled code what it wraps, because dynamo warns of caches."""
+    return function.__wrapped__ if torch.compiler.is_compiling() else function
+
+
 def is_untraced(tensors: Sequence[Any]) -> bool:
     """Return True if autograd in eager PyTorch can record a call on ``tensors``, some of which may be None.
 

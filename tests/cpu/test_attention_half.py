@@ -12,10 +12,10 @@ from torch import Tensor
 
 import swinkernels
 from swinkernels import _extension, reference
-from swinkernels.ops import _fused_attention, _fused_linear
+from swinkernels.ops import _fused_linear
 from swinkernels.testing import assert_within_budget
 from tests.support import instruction_sets
-from tests.support.fused_products import fused_calls
+from tests.support.fused_products import computed_by_layers, fused_calls
 
 pytestmark = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 
@@ -124,7 +124,7 @@ def run(positional: list[Any], options: dict[str, Any], kernels: bool = True, by
     with (
         torch.no_grad(),
         mock.patch.object(_fused_linear, "_has_kernels", return_value=kernels),
-        mock.patch.object(_fused_attention, "_WINDOWS_PER_THREAD", 1 << 30 if by_layers else 0),
+        computed_by_layers(by_layers),
     ):
         return swinkernels.attention_half(*positional, **options)
 
@@ -216,6 +216,12 @@ def test_special_values(by_layers: bool, dtype: torch.dtype) -> None:
     assert torch.equal(y[0, 10:], expected[0, 10:])
     assert torch.equal(y[1, 3:10, 3:17], expected[1, 3:10, 3:17])
     positional, options = CASES[0].tensors(dtype=dtype)
+    for row, column in ((5, 5), (5, 12), (5, 19), (12, 5), (12, 12)):  # the last token of a window, or another one
+        given = [positional[0].clone(), *positional[1:]]
+        given[0][0, row, column, 1] = torch.nan
+        exact = reference.attention_half(*map(as_double, given), **options)
+        assert torch.equal(run(given, options, by_layers=by_layers).isnan(), exact.isnan())
+    positional, options = CASES[0].tensors(dtype=dtype)
     positional[3] = positional[3] * 1e4
     exact = reference.attention_half(*map(as_double, positional), **options)
     y = run(positional, options, by_layers=by_layers)
@@ -297,17 +303,33 @@ def test_opcheck_and_no_derivative() -> None:
 
 
 def test_which_calls_are_by_layers() -> None:
-    """Those of few windows."""
+    """Those of few windows or many channels. In bfloat16, rounded maps between the layers show which way was taken."""
     before = torch.get_num_threads()
     try:
-        for windows, threads, expected in ((8, 2, False), (7, 2, True), (7, 1, False), (3, 1, True)):
+        for windows, threads, channels, expected in (
+            (8, 2, 64, False), (7, 2, 64, True), (7, 1, 64, False), (3, 1, 64, True),
+            (8, 1, 768, False), (8, 1, 770, True),
+        ):  # fmt: skip
             torch.set_num_threads(threads)
-            case = Case((4, 4 * windows), (4, 4), batch=1)
-            with mock.patch.object(_fused_attention._OP, "overload", wraps=_fused_attention._OP.overload) as op:
-                assert is_one_op(*case.tensors())
-            assert op.call_args.args[-1] is expected
+            case = Case((4, 4 * windows), (4, 4), channels=channels, batch=1)
+            given = case.tensors(dtype=torch.bfloat16)
+            ways = [run(*given, by_layers=way) for way in (False, True)]
+            assert not torch.equal(*ways)
+            with mock.patch.object(_fused_linear, "_has_kernels", return_value=True), torch.no_grad():
+                assert torch.equal(swinkernels.attention_half(*given[0], **given[1]), ways[expected])
     finally:
         torch.set_num_threads(before)
+
+
+def test_layers_of_many_images() -> None:
+    """With maps of more than 16 MiB between the layers, some images are computed at a time, and then the others."""
+    for batch, size in ((5, (128, 128)), (2, (256, 256))):  # 2 MiB and 8 MiB for each of 4 maps of an image
+        positional, options = Case(size, (8, 8), channels=32, heads=4, batch=batch, others=SHIFTED).tensors()
+        x, *rest = positional
+        y = run(positional, options, by_layers=True)
+        alone = [run([one, *rest], options, by_layers=True) for one in x.split(1)]
+        assert torch.equal(torch.cat(alone), y)
+        torch.testing.assert_close(y, run(positional, options), rtol=1e-4, atol=1e-5)
 
 
 def is_one_op(positional: list[Any], options: dict[str, Any]) -> bool:
@@ -332,7 +354,7 @@ def test_which_calls_are_one_op() -> None:
         has_table = not {"axis_tables", "key_window"} & {*other}
         given = [*positional[:-1], positional[-1] if has_table else None]
         assert not is_one_op(given, {**options, **other}), other
-    assert not is_one_op(*Case((32, 32), (4, 4), channels=1024, heads=2, head_dim=2).tensors())
+    assert is_one_op(*Case((32, 32), (4, 4), channels=1024, heads=2, head_dim=2).tensors())
     for i, value in ((3, positional[3].t().contiguous().t()), (1, positional[1].double())):
         assert not is_one_op([*positional[:i], value, *positional[i + 1 :]], options)
     assert is_one_op([*positional[:7], positional[7].double()], options)  # the tables are converted

@@ -50,7 +50,7 @@ def fused_linear(x, weight, bias, residual, gelu, norm: Norm = NO_NORM) -> Tenso
     return OPS.fused_linear(x, weight, bias, residual, *norm[:2], gelu, *norm[2:])
 
 
-def fused_mlp(x, w1, b1, w2, b2, residual, gelu, norm: Norm = NO_NORM, by_layers: bool = False) -> Tensor:
+def fused_mlp(x, w1, b1, w2, b2, residual, gelu, norm: Norm = NO_NORM, by_layers: bool | None = False) -> Tensor:
     return OPS.fused_mlp(x, w1, b1, w2, b2, residual, *norm[:2], gelu, *norm[2:], by_layers)
 
 
@@ -283,6 +283,23 @@ def test_results_do_not_depend_on_threads_or_other_rows(dtype):
         assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
     for rows in (slice(5, 6), slice(100, 333), slice(7, 57), slice(0, 67)):
         assert all(torch.equal(one, other[rows]) for one, other in zip(run(rows), results[0], strict=True))
+
+
+def test_which_mlps_are_by_layers():
+    """Those of few rows or many channels. In bfloat16, a rounded hidden layer shows which way was taken."""
+    before = torch.get_num_threads()
+    try:
+        for rows, threads, channels, expected in (
+            (512, 2, 64, False), (511, 2, 64, True), (511, 1, 64, False), (256, 1, 1024, False), (256, 1, 1026, True),
+        ):  # fmt: skip
+            torch.set_num_threads(threads)
+            (w1, b1), (w2, b2) = (layer(*shape, 1, torch.bfloat16) for shape in ((channels, 400), (400, channels)))
+            given = (draw(rows, channels, dtype=torch.bfloat16), w1, b1, w2, b2, None, "none")
+            ways = [mlp(*given) for mlp in MLPS]
+            assert not torch.equal(*ways)
+            assert torch.equal(fused_mlp(*given, by_layers=None), ways[expected])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wrong_arguments():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import swinkernels
 from swinkernels import _extension
 from swinkernels.ops import _fused_linear, _onednn
 from swinkernels.testing import assert_within_budget
-from tests.support.fused_products import fused_calls
+from tests.support.fused_products import computed_by_layers, fused_calls
 
 ROWS, IN, OUT = (3, 7, 25), 40, 900  # large enough to be fused in each dtype
 
@@ -136,13 +135,11 @@ def test_which_calls_are_fused():
 
 
 def test_which_calls_use_the_kernels(monkeypatch):
-    """One row and weights with other strides are left to oneDNN; MLPs of many channels are computed by layers."""
+    """One row and weights with other strides are left to oneDNN."""
     need_fused(torch.float32)
     if _extension.error is not None:
         pytest.skip(_extension.error)
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
-    monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", 1)
-    monkeypatch.setattr(_fused_linear, "_MOST_CHANNELS", IN + OUT)
     x, weight, bias, _ = draw()
     narrow, one_row = weight.t().contiguous(), torch.randn(1, 4000)
 
@@ -155,11 +152,7 @@ def test_which_calls_use_the_kernels(monkeypatch):
     assert ops(x, narrow.t(), bias) == ["mkldnn"]
     assert ops(one_row, torch.randn(6000, 4000), None) == ["mkldnn"]
     of_mlp = {"function": _fused_linear.mlp, "gelu": "none"}
-    op = _fused_linear._MLP_OP
-    for fc2, by_layers in ((narrow, False), (torch.randn(OUT + 1, OUT), True)):
-        with mock.patch.object(op, "overload", wraps=op.overload) as called:
-            assert ops(x, (weight, bias), (fc2, None), **of_mlp) == ["swinkernels"] * 2
-        assert called.call_args.args[-1] is by_layers
+    assert ops(x, (weight, bias), (narrow, None), **of_mlp) == ["swinkernels"] * 2
     assert ops(x, (weight, bias), (weight.t(), None), **of_mlp) == ["swinkernels", "mkldnn"]
 
 
@@ -212,7 +205,7 @@ def test_float32_is_float32_until_torch_is_told_otherwise(either):
 @pytest.mark.parametrize("is_added", [True, False])
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
 def test_mlp_in_one_op(monkeypatch, gelu, is_added):
-    """With the extension's kernels, an MLP is one op, which computes few rows layer by layer."""
+    """With the extension's kernels, an MLP is one op."""
     need_fused(torch.float32)
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: _extension.error is None)
     if _extension.error is not None:
@@ -226,13 +219,10 @@ def test_mlp_in_one_op(monkeypatch, gelu, is_added):
         x, fc1, bias, fc2, residual = tensors
         return plain(plain(x, fc1, bias, gelu, None), fc2, None, None, residual)
 
-    op = _fused_linear._MLP_OP
-    for rows in (0, 1 << 40):
-        monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", rows)
-        with mock.patch.object(op, "overload", wraps=op.overload) as called, fused_calls() as names:
+    for by_layers in (False, True):
+        with computed_by_layers(by_layers), fused_calls() as names:
             y = _fused_linear.mlp(x, (fc1, bias), (tensors[3], None), gelu=gelu, residual=tensors[4])
         assert names == ["swinkernels::fused_mlp"] * 2
-        assert called.call_args.args[-1] is (rows > 0)
         exact = composed(*(t if t is None else t.double() for t in tensors))
         assert_within_budget(y, exact, lambda: composed(*tensors))
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swinkernels
-from swinkernels import reference
-from swinkernels.ops import _backends, _fused_attention, _fused_linear, _onednn
-from tests.support.fused_products import always_fused, fused_calls
+from swinkernels import _extension, reference
+from swinkernels.ops import _backends, _fused_linear, _onednn
+from tests.support.fused_products import always_fused, computed_by_layers, fused_calls
 from tests.support.saved_bytes import kept_bytes
 from tests.support.side_by_side import assert_same, draw
 from tests.support.sweeps import in_turn
@@ -197,8 +197,6 @@ def test_inference_on_the_kernels_of_linear_layers(op, norm, given, residual, by
     if _onednn.why_not_fused(dtype) is not None:
         pytest.skip(_onednn.why_not_fused(dtype))
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
-    monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", 1 << 30 if by_layers else 0)
-    monkeypatch.setattr(_fused_attention, "_WINDOWS_PER_THREAD", 1 << 30 if by_layers else 0)
     tensors, options = case(op, norm=norm, full="layer scale" in given)
     if "drop path" not in given:
         options.pop("drop_path_scale", None)
@@ -208,7 +206,7 @@ def test_inference_on_the_kernels_of_linear_layers(op, norm, given, residual, by
     exact = exact if residual else exact - tensors[0]
     single = [None if t is None else t.to(dtype) for t in tensors]
     options = {key: t.to(dtype) if isinstance(t, Tensor) else t for key, t in options.items()}
-    with torch.no_grad(), always_fused(), fused_calls() as called:
+    with torch.no_grad(), always_fused(), computed_by_layers(by_layers), fused_calls() as called:
         got = getattr(swinkernels, op)(*single, **options, residual=residual)
     assert len(called) == 2
     assert set(called) <= {f"swinkernels::fused_{kind}" for kind in ("linear", "mlp", "attention_half")}
@@ -346,20 +344,41 @@ def test_export_and_deepcopy(op):
     torch.testing.assert_close(program.module()(torch.cat([x, x])), torch.cat([expected, expected]))
 
 
+@pytest.mark.parametrize("has_kernels", [True, False], ids=["kernels", "none"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("op", OPS)
-def test_compile_in_one_graph_without_gradients(op, norm, monkeypatch):
-    """A compiler does not trace the choice of the CPU kernels."""
-    monkeypatch.setattr(_fused_linear, "_ROWS_PER_THREAD", 0)
-    monkeypatch.setattr(_fused_attention, "_WINDOWS_PER_THREAD", 0)
+def test_compile_in_one_graph_without_gradients(op, norm, has_kernels, monkeypatch):
+    """Compiled inference calls the CPU kernels where there are any, in one graph for all sizes; training does not."""
+    reason = _extension.error or _onednn.why_not_fused(torch.float32)
+    if has_kernels and reason is not None:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: has_kernels)
     tensors, options = case(op, norm=norm, full=False)
-    tensors = [t if t is None else t.float() for t in tensors]
+    x, *rest = [t if t is None else t.float() for t in tensors]
     options = {name: value.float() if isinstance(value, Tensor) else value for name, value in options.items()}
     half = getattr(swinkernels, op)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def collect(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     torch.compiler.reset()
+    compiled = torch.compile(lambda x: half(x, *rest, **options), fullgraph=True, backend=collect, dynamic=True)
     with torch.no_grad():
-        got = torch.compile(lambda x: half(x, *tensors[1:], **options), fullgraph=True, backend="eager")(tensors[0])
-        torch.testing.assert_close(got, half(*tensors, **options), rtol=1e-4, atol=1e-5)
+        for images in (2, 3, 400):
+            y = draw(images, *x.shape[1:], seed=images).float()
+            torch.testing.assert_close(compiled(y), half(y, *rest, **options), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+    kernel = "fused_mlp" if op == "mlp_half" else "fused_attention_half"
+    assert (kernel in str(graphs[0].code)) == has_kernels
+    compiled(y.requires_grad_()).sum().backward()
+    assert len(graphs) == 2
+    assert kernel not in str(graphs[1].code)
+    module = Half(op)
+    with torch.no_grad():
+        program = torch.export.export(module, (x,), strict=True)
+    assert kernel not in program.graph_module.code
 
 
 def test_an_empty_batch():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from typing import Any
 from unittest import mock
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from swinkernels.adapters import halves, linear_layers
 from swinkernels.adapters.copies import block
-from swinkernels.ops import _fused_linear
+from swinkernels.ops import _fused_attention, _fused_linear
 from swinkernels.ops._library import is_plain
 
 # Not attributes of swinkernels.ops, which has functions of the same names.
@@ -20,8 +22,12 @@ _ATTENTION_HALF, _MLP_HALF = (import_module(f"swinkernels.ops.{name}") for name 
 
 
 def _fuses(x: Tensor) -> bool:
+    return _joins(x) and is_plain((x,))
+
+
+def _joins(x: Tensor) -> bool:
     is_inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    return x.device.type == "cpu" and is_inference and is_plain((x,))
+    return x.device.type == "cpu" and is_inference and (torch.compiler.is_dynamo_compiling() or is_plain((x,)))
 
 
 @contextlib.contextmanager
@@ -37,6 +43,20 @@ def fused_calls() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
+def computed_by_layers(by_layers: bool) -> Iterator[None]:
+    """Make the ops of halves compute one layer after the other, or all in a single pass, whichever is faster."""
+    with contextlib.ExitStack() as stack:
+        for op in (_fused_linear._MLP_OP, _fused_attention._OP):
+            forced = functools.partial(_with_last, op.overload, by_layers)
+            stack.enter_context(mock.patch.object(op, "overload", forced))
+        yield
+
+
+def _with_last(overload: Callable[..., Tensor], last: bool, *arguments: Any) -> Tensor:
+    return overload(*arguments[:-1], last)
+
+
+@contextlib.contextmanager
 def always_fused() -> Iterator[None]:
     """Make modules use fused Linear layers and halves for maps of any size and dtype.
 
@@ -44,8 +64,8 @@ def always_fused() -> Iterator[None]:
     """
     with (
         mock.patch.object(linear_layers, "fuses", _fuses),
-        mock.patch.object(halves, "joins", _fuses),
-        mock.patch.object(block, "joins", _fuses),
+        mock.patch.object(halves, "joins", _joins),
+        mock.patch.object(block, "joins", _joins),
         mock.patch.object(_fused_linear, "is_large", _is_not_empty),
         mock.patch.object(_fused_linear, "runs_alone", _is_not_empty),
         mock.patch.object(_ATTENTION_HALF, "runs_alone", _is_not_empty),

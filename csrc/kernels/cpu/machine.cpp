@@ -77,8 +77,6 @@ class Kept {
   int64_t capacity_ = 0;
 };
 
-constexpr int64_t kMostKept = 16 << 20;
-
 }  // namespace
 
 InstructionSet chosen_instruction_set() {

@@ -17,9 +17,10 @@ InstructionSet chosen_instruction_set();
 void* scratch(int64_t bytes);
 
 // 64-byte aligned memory for the maps between the steps of a call, which all threads may access. The calling thread
-// keeps small memory between calls, so only one object exists at a time.
+// keeps memory of at most kMostKept bytes between calls, so only one object exists at a time.
 class MapMemory {
  public:
+  static constexpr int64_t kMostKept = 16 << 20;
   explicit MapMemory(int64_t bytes);
   ~MapMemory();
   MapMemory(const MapMemory&) = delete;

@@ -63,7 +63,7 @@ from swinkernels.adapters.norms import Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._fused_linear import joins
-from swinkernels.ops._library import is_untraced
+from swinkernels.ops._library import is_untraced, uncached_when_compiled
 
 _BATCH = 2  # images in a trial; with one image, a wrong stride between images would go unnoticed
 
@@ -365,7 +365,7 @@ def _why_not_halves(form: Form, block: Any, training: bool | None) -> str | None
 def _halves(form: Form, first: str | None, second: str | None, kind_of_mlp: Any, drop_path: Any) -> Halves:
     return Halves(
         Residual("norm2", first if form.norm == "pre" else second, drop_path, "timm's DropPath", width=_channels),
-        mlp.layers_of(kind_of_mlp, second, drop_path),
+        uncached_when_compiled(mlp.layers_of)(kind_of_mlp, second, drop_path),
         form.norm,
         functools.partial(_why_not_halves, form),
     )
@@ -375,7 +375,7 @@ def _halves_of(form: Form, block: Any) -> Halves:
     """Describe the halves of a block."""
     first, second = (_name_of_drop_path(block, half) for half in (1, 2))
     drop_path: Any = _known_drop_path()
-    return _halves(form, first, second, class_of(child(block, "mlp")), drop_path)
+    return uncached_when_compiled(_halves)(form, first, second, class_of(child(block, "mlp")), drop_path)
 
 
 def _branch(
