@@ -4,7 +4,7 @@ In training, ``accelerate(recompute=True)`` makes the backward pass recompute no
 inputs, but not their results. In v2 blocks no norm precedes QKV: attention_half would save the same tensors as the
 block's own attention, so only the MLP half is replaced.
 
-In float32 inference on a CPU, a half is one op if this package's kernels compute it, and no map is written in between.
+In float32 and bfloat16 inference on a CPU, a half is one op if this package's kernels compute it.
 """
 
 from __future__ import annotations

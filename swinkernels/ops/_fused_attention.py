@@ -15,7 +15,8 @@ from swinkernels.ops._library import define, register
 from swinkernels.window_spec import WindowSpec
 
 # Without k_weight and v_weight, q_weight has the rows of all three. The tables are float32 except region_map (int32).
-# norm is "", "pre" or "post". If by_layers is None, the op chooses.
+# norm is "", "pre" or "post". If by_layers is true, attention begins when QKV has been computed for all
+# rows, and so on; if it is None, the op chooses the faster way.
 define(
     "fused_attention_half(Tensor x, Tensor q_weight, Tensor? k_weight, Tensor? v_weight, Tensor? qkv_bias, "
     "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? bias_table, Tensor? bias, "
@@ -61,9 +62,13 @@ def attention_half(
     *floats, region_map = tables
     if region_map is not None and region_map.dtype != torch.int32:
         return None
-    if x.dtype == torch.bfloat16 and proj[0].shape[1] // num_heads % 2 == 1:  # the kernels multiply channels in pairs
-        return None
     bias_table, bias, logit_scale = (t if t is None else t.float() for t in floats)
+    if x.dtype == torch.bfloat16:
+        head_dim = proj[0].shape[1] // num_heads
+        # The kernels multiply channels in pairs. They round q and k of unit length, and with few channels these errors
+        # do not average out.
+        if head_dim % 2 == 1 or (logit_scale is not None and head_dim < 16):
+            return None
     return run(
         _OP, x, *(*qkv, None, None)[:3], qkv_bias, *proj, norm.weight, norm.bias, bias_table, bias, logit_scale,
         region_map, spec.wire(needs_lse=False), spec.scale, spec.mask_value, num_heads, residual, norm.place, norm.eps,

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from swinkernels import _extension
 from swinkernels.ops import _onednn
@@ -36,7 +38,7 @@ from swinkernels.ops._library import (
 from swinkernels.ops._onednn import is_available, is_large
 
 # norm is "", "pre" (of x) or, in fused_mlp, "post" (of the result, before the residual is added). If by_layers is true,
-# the second layer begins after the first one; if it is None, the op does so if that is faster.
+# fc2 begins when fc1 has computed all rows (or many); if it is None, the op chooses the faster way.
 define(
     "fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, "
     "str gelu, str norm, float eps) -> Tensor"
@@ -108,8 +110,16 @@ def _may_use_kernels(dtype: torch.dtype) -> bool:
 
 
 def _is_compiled() -> bool:
-    """Return True in code that torch.compile compiles for this machine; exported code must run elsewhere, too."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    """Return True in code that torch.compile compiles for this machine, without modes that intercept functions.
+
+    Exported code must run elsewhere, too. The ops have no forward-mode derivative.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_function_stack() == 0
+    )
 
 
 @constant_when_compiled
@@ -298,9 +308,14 @@ def fit_kernels(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
 
 
 def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
-    """Return True if the kernels may run now on ``tensors``, for which :func:`fit_kernels` returned True."""
+    """Return True if the kernels may run now on ``tensors``, for which :func:`fit_kernels` returned True.
+
+    Compiled code has no cheap checks: its sizes would become guards, and it calls the kernels of a single row, too.
+    """
     if _is_compiled():
-        return not torch.is_grad_enabled() and _compiles_kernels(x.dtype) and _are_readable_weights(x, weights)
+        are_plain = all(t is None or type(t) in (Tensor, Parameter) for t in tensors)
+        may_run = are_plain and not torch.is_grad_enabled() and _compiles_kernels(x.dtype)
+        return may_run and _are_readable_weights(x, weights)
     return (
         is_plain(tensors)  # first, because a compiler cannot trace the others
         and _has_kernels(x.dtype)

@@ -131,8 +131,10 @@ def test_each_half_is_one_op(family, dtype, monkeypatch):
         got = fast(x)
     last = PARTS[family][1][0].split(".")[-1]
     blocks = sum(path.split(".")[-1] == last for path, _ in model.named_modules())
-    # The attention of Swin3D is called as a module.
-    assert called.count("swinkernels::fused_attention_half") == (0 if family == "torchvision Swin3D" else 2 * blocks)
+    # The attention of Swin3D is called as a module, and in bfloat16 the kernels leave out cosines of few channels.
+    is_cosine = any(name.endswith(("logit_scale", "tau")) for name, _ in model.named_parameters())
+    attention_is_called = family == "torchvision Swin3D" or (is_cosine and dtype == torch.bfloat16)
+    assert called.count("swinkernels::fused_attention_half") == (0 if attention_is_called else 2 * blocks)
     assert called.count("swinkernels::fused_mlp") == 2 * blocks
     exact = model.double()(x.double())
     assert (got - exact).norm() <= (1e-5 if dtype == torch.float32 else 4e-2) * exact.norm()

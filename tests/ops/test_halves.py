@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import swinkernels
 from swinkernels import _extension, reference
@@ -375,10 +377,44 @@ def test_compile_in_one_graph_without_gradients(op, norm, has_kernels, monkeypat
     compiled(y.requires_grad_()).sum().backward()
     assert len(graphs) == 2
     assert kernel not in str(graphs[1].code)
-    module = Half(op)
+    module, tangent = Half(op), draw(*x.shape, seed=9).float()
     with torch.no_grad():
         program = torch.export.export(module, (x,), strict=True)
-    assert kernel not in program.graph_module.code
+        assert kernel not in program.graph_module.code
+        if op == "mlp_half":  # the backends of window attention have no forward-mode derivative
+            jvp = torch.compile(
+                lambda x, v: torch.func.jvp(lambda x: half(x, *rest, **options), (x,), (v,)), backend="eager"
+            )
+            exact = torch.func.jvp(lambda x: half(x, *rest, backend="torch", **options), (x,), (tangent,))
+            torch.testing.assert_close(jvp(x, tangent), exact)
+
+
+def test_compiled_halves_see_modes_and_subclasses(monkeypatch):
+    """As in eager code, torch's own functions run in a function mode and with weights of a tensor subclass."""
+    reason = _extension.error or _onednn.why_not_fused(torch.float32)
+    if reason is not None:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    (x, *rest), options = case("mlp_half", full=False)
+    x, *rest = (t if t is None else t.float() for t in (x, *rest))
+
+    class Doubling(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            y = function(*args, **(kwargs or {}))
+            return 2 * y if function is F.linear else y
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        return swinkernels.mlp_half(x, *rest, **options)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, backend="aot_eager")  # runs ops of ATen, which the mode leaves alone
+    with torch.no_grad():
+        with Doubling():
+            torch.testing.assert_close(compiled(x, *rest), run(x, *rest), rtol=1e-4, atol=1e-5)
+        for i, t in enumerate(rest):
+            if t is not None:
+                marked = [*rest[:i], TwoTensor(t, t), *rest[i + 1 :]]
+                torch.testing.assert_close(compiled(x, *marked).a, run(x, *rest), rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_batch():

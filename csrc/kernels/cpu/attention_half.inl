@@ -219,7 +219,8 @@ void attention_half(const AttentionHalfParams<Element>& p, int64_t* next, void* 
     if (p.norm.given) {
       normalise<Units>(p.norm, p.channels, width, s.x, stride);
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t u = 0; s.x_offsets[r] == kPad && u < units; ++u) s.x[u * stride + r] = 0.0f;
+        if (s.x_offsets[r] != kPad) continue;
+        for (int64_t u = 0; u < units; ++u) s.x[u * stride + r] = 0.0f;
       }
     }
     for (int64_t head = 0; head < p.attention.num_heads; ++head) {
