@@ -234,6 +234,25 @@ def test_special_values(by_layers: bool, dtype: torch.dtype) -> None:
 
 
 @either
+def test_special_values_of_the_bias(by_layers: bool) -> None:
+    """A NaN with any payload stays NaN, and a key with a bias of -inf has no weight, in both ways of bfloat16."""
+    positional, options = Case((8, 8), (4, 4), bias="dense").tensors(dtype=torch.bfloat16)
+    options["bias"] = options["bias"].float()
+    for bits in (0x7F800001, 0x7FC00000, 0x7FC00001, -0x3FFFFF):
+        broken = options["bias"].clone()
+        broken[..., 5] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        assert run(positional, {**options, "bias": broken}, by_layers=by_layers).isnan().all()
+    options["bias"][..., 5] = -torch.inf
+    options["norm"], (x, *rest) = "post", positional
+    huge = x.clone()
+    huge[:, 1::4, 1::4] *= 2.0**100  # the sixth token of each window
+    one, other = (run([each, *rest], options, by_layers=by_layers) for each in (x, huge))
+    others = torch.ones(8, 8, dtype=torch.bool)
+    others[1::4, 1::4] = False
+    assert torch.equal(one[:, others], other[:, others])
+
+
+@either
 def test_an_empty_batch(by_layers: bool) -> None:
     positional, options = CASES[0].tensors()
     positional[0] = positional[0][:0]

@@ -70,12 +70,13 @@ SWINKERNELS_INLINE Vec widen_bfloat16(HalfBits h) { return (Vec)(__builtin_conve
 
 SWINKERNELS_INLINE HalfBits narrow_bfloat16(Vec x) {
 #ifdef SWINKERNELS_BF16
-  return (HalfBits)_mm512_cvtneps_pbh((__m512)x);
-#endif
+  return (HalfBits)_mm512_cvtneps_pbh((__m512)x);  // subnormal numbers become 0
+#else
   const Bits bits = (Bits)x;
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const Bits quiet_nan = (bits >> 16) | 0x40;
   return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded, HalfBits);
+#endif
 }
 
 #ifdef SWINKERNELS_AVX
@@ -191,11 +192,11 @@ SWINKERNELS_INLINE Vec exp2_low(Vec x) {
   const Vec shifted = x + 12582912.0f;  // as in exp
   const Vec r = x - (shifted - 12582912.0f);
   const Vec power = ((5.517167e-2f * r + 0.24261113f) * r + 0.69326099f) * r + 0.99992807f;  // minimax for |r| <= 1/2
-  return (Vec)((Bits)power + ((Bits)shifted << 23));                                         // NaN stays NaN
+  return power * (Vec)(((Bits)shifted << 23) + (127u << 23));                                // NaN stays NaN
 }
 
-// Returns exp(x) for a result that is rounded to bfloat16, for x of at most 0; below -86 the result is exp(-86).
-SWINKERNELS_INLINE Vec exp_low(Vec x) { return exp2_low((x < splat(-86.0f) ? splat(-86.0f) : x) * 1.44269504f); }
+// Returns exp(x) for a result that is rounded to bfloat16, for x of at most 0; below -86 the result is 0.
+SWINKERNELS_INLINE Vec exp_low(Vec x) { return x < splat(-86.0f) ? Vec{} : exp2_low(x * 1.44269504f); }
 
 // Returns the natural logarithm of a normal positive number, within 1.5 ulp; NaN for infinity and NaN.
 SWINKERNELS_INLINE Vec log(Vec x) {
