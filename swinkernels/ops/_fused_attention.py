@@ -15,8 +15,8 @@ from swinkernels.ops._library import define, register
 from swinkernels.window_spec import WindowSpec
 
 # Without k_weight and v_weight, q_weight has the rows of all three. The tables are float32 except region_map (int32).
-# norm is "", "pre" or "post". If by_layers is true, attention begins when QKV has been computed for all
-# rows, and so on; if it is None, the op chooses the faster way.
+# norm is "", "pre" or "post". If by_layers is true, attention begins when QKV has been computed for all rows (or for
+# those of many images), and so on; if it is None, the op chooses the faster way.
 define(
     "fused_attention_half(Tensor x, Tensor q_weight, Tensor? k_weight, Tensor? v_weight, Tensor? qkv_bias, "
     "Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? bias_table, Tensor? bias, "

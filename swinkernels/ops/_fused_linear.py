@@ -276,7 +276,6 @@ def _are_readable(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
         is_plain(tensors)
         and not any_requires_grad(tensors)
         and is_available(x.dtype)
-        and not torch.jit.is_tracing()
         and _PLACE.issuperset((t.layout, t.device) for t in tensors if t is not None)
         and linear_dtype(x) == x.dtype
     )
@@ -310,7 +309,7 @@ def fit_kernels(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
 def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
     """Return True if the kernels may run now on ``tensors``, for which :func:`fit_kernels` returned True.
 
-    Compiled code has no cheap checks: its sizes would become guards, and it calls the kernels of a single row, too.
+    Compiled code, whose sizes must not become guards, calls the kernels for any number of rows.
     """
     if _is_compiled():
         are_plain = all(t is None or type(t) in (Tensor, Parameter) for t in tensors)
@@ -318,10 +317,8 @@ def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tenso
         return may_run and _are_readable_weights(x, weights)
     return (
         is_plain(tensors)  # first, because a compiler cannot trace the others
-        and _has_kernels(x.dtype)
         and not any_requires_grad(tensors)
         and is_available(x.dtype)
-        and not torch.jit.is_tracing()
         and _has_kernels_for(x, *weights)
     )
 
@@ -340,14 +337,14 @@ def _are_like(x: Tensor, *tensors: Tensor | None) -> bool:
 
 
 def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None, norm: Norm | None) -> bool:
-    if not (x.device.type == "cpu" and is_plain((x,)) and _has_kernels(x.dtype)):
+    if not (x.device.type == "cpu" and is_plain((x,)) and is_available(x.dtype) and _has_kernels(x.dtype)):
         return False  # first, because a compiler cannot trace the others
+    is_paired = x.dtype == torch.float32 or fc2[0].shape[0] % 2 == 0  # as the norm of the result requires
     return (
         _is_fused(x, fc1, fc2)
         and _has_kernels_for(x, fc1[0], fc2[0])
         and (residual is None or _can_be_added(residual, x, fc2[0]))
-        and (norm is None or _are_like(x, norm.weight, norm.bias))
-        and (x.dtype == torch.float32 or fc2[0].shape[0] % 2 == 0)  # for a norm of the result
+        and (norm is None or (_are_like(x, norm.weight, norm.bias) and (norm.place == "pre" or is_paired)))
     )
 
 

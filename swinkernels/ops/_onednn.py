@@ -54,7 +54,9 @@ _FUNCTIONS = F.linear, F.gelu, F.layer_norm
 
 
 def is_available(dtype: torch.dtype) -> bool:
-    """Return True if oneDNN may now compute Linear layers of a dtype in place of torch's functions."""
+    """Return True if oneDNN or a kernel may now compute Linear layers of a dtype in place of torch's functions."""
+    if torch.jit.is_tracing():  # first, because a tracer refuses the ops that the cached functions call
+        return False
     return why_not_fused(dtype) is None and bool(torch.backends.mkldnn.enabled) and not _is_intercepted()
 
 
@@ -128,7 +130,6 @@ def _is_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight, bias)
     return (
         any_requires_grad(tensors)
-        and not torch.jit.is_tracing()
         and all(t is None or (t.dtype, t.device, t.layout) == (x.dtype, x.device, torch.strided) for t in tensors)
         and x.dim() > 1
         and x.shape[-1] == weight.shape[1]

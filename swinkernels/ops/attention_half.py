@@ -76,8 +76,7 @@ def attention_half(
             weight and bias of proj, which are then cast to the dtype of the matrix product.
         backend: backend of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm; if it
             has no norm, the norm uses "auto". torch computes the matrix products, except with "reference" and, with
-            "auto" or "cpu", in float32 or bfloat16 inference on some CPUs, where one op computes the half of a batch
-            with enough windows.
+            "auto" or "cpu", in float32 or bfloat16 inference on some CPUs, where one op computes the half.
         attention: the other arguments of :func:`swinkernels.window_attention_qkvpacked`, except ``pad_qkv``, which is
             ``qkv_bias``, and ``return_attention``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -387,6 +388,26 @@ def test_compile_in_one_graph_without_gradients(op, norm, has_kernels, monkeypat
             )
             exact = torch.func.jvp(lambda x: half(x, *rest, backend="torch", **options), (x,), (tangent,))
             torch.testing.assert_close(jvp(x, tangent), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_a_tracer_that_makes_the_first_call(op, dtype, monkeypatch):
+    """A tracer refuses ops that return a bool or a string, which would tell what this CPU supports."""
+    monkeypatch.setattr(_fused_linear, "_has_kernels", functools.cache(_fused_linear._has_kernels.__wrapped__))
+    monkeypatch.setattr(_onednn, "why_not_fused", functools.cache(_onednn.why_not_fused.__wrapped__))
+    (x, *rest), options = case(op, full=False)
+    x, *rest = (t if t is None else t.to(dtype) for t in (x, *rest))
+    options = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in options.items()}
+    half = getattr(swinkernels, op)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: half(x, *rest, **options), (x,), check_trace=False)
+        assert_close_to_rounding(traced(x), half(x, *rest, **options))
+
+
+def assert_close_to_rounding(got: Tensor, expected: Tensor) -> None:
+    eps = torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(got, expected, rtol=4 * eps, atol=16 * eps)
 
 
 def test_compiled_halves_see_modes_and_subclasses(monkeypatch):

@@ -3,9 +3,10 @@
 // Maths     out = x + norm(proj(attention(qkv(x)))) (v2) or x + proj(attention(qkv(norm(x)))) (v1)
 // Layout    A task is a group of windows, whose rows are packed into one panel (see panels.inl): a token is a column. The
 //           products q, k and v of a head are panels, too. q is what the scores need as it is, k and v are read by
-//           single elements, and the output of attention is the panel that proj reads. Nothing is transposed but x and
-//           the result. Windows follow one another without gaps, so in the products with weights only the last vector
-//           of a group has lanes without a row.
+//           single units, and the output of attention is the panel that proj reads. Nothing is transposed but x and the
+//           result. In bfloat16, a unit of v and of the probabilities consists of two keys, so v is repacked for each
+//           window. Windows follow one another without gaps, so in the products with weights only the last vector of a
+//           group has lanes without a row.
 // Tiling    A group has so few windows that its rows of x and of the output stay in L2. Its heads follow one another, so
 //           that the weights of one head are read once per group.
 // Work      As in linear.inl and window_attention.inl, but the maps of the norm, of q, k and v and of the output of
@@ -138,9 +139,8 @@ void project_head(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64
     float* panel = s.qkv + part * dim * stride;
     const float factor = part == 0 ? score_factor(p.attention, head) : 1.0f;
     multiply_columns(p.qkv[part], head * dim, dim, s.x, panel, width, stride);
-    if (part == 2) {
-      if (kNumbers > 1) continue;  // pack_values adds the bias
-      add_bias<Float32Units>(p.qkv[part], head * dim, dim, factor, width, stride, panel);
+    if (part == 2) {  // with units of two numbers, pack_values adds the bias
+      if constexpr (kNumbers == 1) add_bias<Units>(p.qkv[part], head * dim, dim, 1.0f, width, stride, panel);
     } else if (cosine) {
       add_bias<Float32Units>(p.qkv[part], head * dim, dim, 1.0f, width, stride, panel);
       normalise_columns(dim, factor, width, stride, panel);
@@ -151,7 +151,7 @@ void project_head(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64
 }
 
 // Sets s.values to v + bias of one window and head: a unit consists of two keys, and a missing last key is 0.
-void pack_values(const Layer& layer, int64_t head, const float* v, AttentionHalf& s) {
+[[maybe_unused]] void pack_values(const Layer& layer, int64_t head, const float* v, AttentionHalf& s) {
   const int64_t dim = s.sizes.dim, keys = s.sizes.keys;
   for (int64_t d = 0; d < dim; ++d) {
     const Vec bias = bias_of(layer, head * dim + d);
@@ -166,7 +166,7 @@ void attend(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t w, 
   const Sizes& sizes = s.sizes;
   const int64_t dim = sizes.dim, stride = s.groups.stride, at = w * sizes.tokens;
   const float *q = s.qkv + at, *k = q + dim * stride, *v = k + dim * stride;
-  if (kNumbers > 1) pack_values(p.qkv[2], head, v, s);
+  if constexpr (kNumbers > 1) pack_values(p.qkv[2], head, v, s);
   for (int64_t b = 0; b < sizes.blocks; ++b) {
     const int64_t first = b * sizes.block, queries = sizes.queries(b), width = round_up(queries, kLanes);
     matmul<true, Units>(sizes.keys, width, dim / kNumbers, reinterpret_cast<const Element*>(k), stride * kNumbers,

@@ -24,7 +24,8 @@ void sum_key_gradients(const WindowAttentionBackwardParams& params, const Backwa
   const WindowAttentionForwardParams& p = params.forward;
   const WindowGeometry& g = p.geometry;
   const Sizes sizes(p);
-  float* const sum = static_cast<float*>(scratch);
+  Arena arena(scratch);
+  float* const sum = arena.take<float>(sizes.row);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task % p.num_heads;
     int64_t number[3], index = task / p.num_heads;

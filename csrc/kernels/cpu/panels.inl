@@ -31,8 +31,8 @@ SWINKERNELS_INLINE void store_elements(Element* to, Vec x) {
   return x;
 }
 
-// The products below read a weight in slices of kColumns rows and kDepth units.
-// A multiple of the tiles' heights and of kLanes; a slice's part of a row of the result is 3 cache lines.
+// The products below read a weight in slices of kColumns rows and kDepth units. kColumns is a multiple of the tiles'
+// heights and of kLanes, and a row of the result of a slice fills three cache lines.
 constexpr int64_t kColumns = 48 * kNumbers;
 // With 16 lanes, the part of a panel that a slice multiplies would not fit into L1 with 256 units. With fewer lanes it
 // would with more, but the rounding errors of a sum grow with its length.
@@ -134,7 +134,8 @@ SWINKERNELS_INLINE Vec gelu(Vec x) {
 }
 
 // Returns GELU(x) for a result that is rounded to bfloat16. The relative error is below 3e-4 for x >= -4 and below 5e-3,
-// about half a unit in the last place of bfloat16, for x >= -6; below, the absolute error is below 1e-9.
+// about half a unit in the last place of bfloat16, for x >= -6; below, the absolute error is below 1e-9. For -infinity the result is
+// GELU(-12), -5e-35.
 SWINKERNELS_INLINE Vec gelu_low(Vec x) {
   // As in gelu, but with Phi(-a) = 2^-p(a), and p fitted for a <= 6 with errors weighted by min(1, exp(6 - 1.5 a)).
   const Vec magnitude = (Vec)((Bits)x & 0x7fffffff);
