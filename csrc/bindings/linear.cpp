@@ -65,6 +65,85 @@ Tensor fused_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor
   });
 }
 
+// Returns the sizes of the map x without those of batch and channels, as three values of which a 2D map's first is 1.
+Ints map_sizes(const Tensor& x, bool channels_first) {
+  Ints size(5 - x.dim(), 1);
+  const int64_t first = channels_first ? 2 : 1;
+  for (int64_t i = first; i < first + x.dim() - 2; ++i) size.push_back(x.size(i));
+  return size;
+}
+
+// Returns the pieces of a block of `factor` tokens. If the channels are last, a piece is a token, in the order of
+// `neighbours`, the tokens' row-major numbers; else it is the tokens of one channel along the last axis.
+std::vector<cpu::Patches::Piece> pieces_of(const Ints& factor, const Ints& neighbours, bool channels_first,
+                                           int64_t channels, int64_t channel_stride, const int64_t (&strides)[3]) {
+  std::vector<cpu::Patches::Piece> pieces;
+  const int64_t run = channels_first ? factor[2] : 1, tokens = factor[0] * factor[1] * factor[2];
+  const auto add = [&](int64_t token, int64_t offset) {
+    cpu::Patches::Piece piece{{token / (factor[1] * factor[2]), token / factor[2] % factor[1], token % factor[2]},
+                              offset};
+    for (int i = 0; i < 3; ++i) piece.offset += piece.at[i] * strides[i];
+    pieces.push_back(piece);
+  };
+  if (!channels_first) {
+    for (const int64_t token : neighbours) add(token, 0);
+    return pieces;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t token = 0; token < tokens; token += run) add(token, c * channel_stride);
+  }
+  return pieces;
+}
+
+Tensor fused_patch_linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight,
+                          OptionalTensor norm_bias, Ints factor, Ints neighbours, bool channels_first, std::string norm,
+                          double eps) {
+  check_norm(norm);
+  const int64_t dim = x.dim(), channels = x.size(channels_first ? 1 : dim - 1);
+  STD_TORCH_CHECK(dim == 4 || dim == 5, "swinkernels: a map of patches must have 4 or 5 axes");
+  STD_TORCH_CHECK(factor.size() == 3 && factor[0] > 0 && factor[1] > 0 && factor[2] > 0 && (dim == 5 || factor[0] == 1),
+                  "swinkernels: factor must be three positive numbers, of which the first is 1 for a 2D map");
+  const Ints size = map_sizes(x, channels_first);
+  Ints shape{x.size(0)};
+  for (int64_t i = 5 - dim; i < 3; ++i) {
+    STD_TORCH_CHECK(!channels_first || size[i] % factor[i] == 0,
+                    "swinkernels: an image must be a multiple of the patch size");
+    shape.push_back((size[i] + factor[i] - 1) / factor[i]);
+  }
+  for (const int64_t token : neighbours) {
+    STD_TORCH_CHECK(!channels_first && token >= 0 && token < factor[0] * factor[1] * factor[2],
+                    "swinkernels: neighbours must be the numbers of tokens of a block, and are only for channels last");
+  }
+  shape.push_back(weight.size(0));
+  return with_element_of(x, [&](auto element) {
+    using Element = decltype(element);
+    if (!x.is_contiguous()) x = as_contiguous(x);
+    const int64_t token = channels_first ? 1 : channels, plane = size[1] * size[2] * token;
+    const int64_t strides[3] = {plane, size[2] * token, token};
+    const auto pieces = pieces_of(factor, neighbours, channels_first, channels, size[0] * plane, strides);
+    cpu::LinearParams<Element> p{};
+    p.patches.pieces = pieces.data();
+    p.patches.count = static_cast<int64_t>(pieces.size());
+    p.patches.length = channels_first ? factor[2] : channels;
+    check_channels<Element>(p.patches.length);
+    for (int i = 0; i < 3; ++i) {
+      p.patches.size[i] = size[i];
+      p.patches.factor[i] = factor[i];
+      p.patches.strides[i] = strides[i];
+    }
+    p.patches.image_stride = size[0] * plane * (channels_first ? channels : 1);
+    p.layer = layer_of<Element>(weight, bias, p.patches.count * p.patches.length);
+    p.norm = norm_of<Element>(norm_weight, norm_bias, norm, "pre", eps, p.layer.in_features);
+    p.post_norm = norm_of<Element>(norm_weight, norm_bias, norm, "post", eps, p.layer.out_features);
+    Tensor out = new_empty(x, shape);
+    p.x = elements_of<Element>(x);
+    p.out = static_cast<Element*>(out.mutable_data_ptr());
+    p.rows = out.numel() == 0 ? 0 : out.numel() / p.layer.out_features;
+    if (p.rows > 0) cpu::linear_forward(p, parallel_for);
+    return out;
+  });
+}
+
 Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc2_weight, OptionalTensor fc2_bias,
                  OptionalTensor residual, OptionalTensor norm_weight, OptionalTensor norm_bias, std::string gelu,
                  std::string norm, double eps, std::optional<bool> by_layers) {
@@ -87,6 +166,7 @@ Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc
 
 STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, CPU, m) {
   m.impl("fused_linear", TORCH_BOX(&fused_linear));
+  m.impl("fused_patch_linear", TORCH_BOX(&fused_patch_linear));
   m.impl("fused_mlp", TORCH_BOX(&fused_mlp));
 }
 

@@ -88,6 +88,9 @@ void fused(Library& m) {
   m.def(("fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, " + norm + ", str gelu, " + of_norm +
          ") -> Tensor")
             .c_str());
+  m.def(("fused_patch_linear(Tensor x, Tensor weight, Tensor? bias, " + norm +
+         ", int[] factor, int[] neighbours, bool channels_first, " + of_norm + ") -> Tensor")
+            .c_str());
   m.def(("fused_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
          "Tensor? residual, " +
          norm + ", str gelu, " + of_norm + ", bool? by_layers) -> Tensor")
@@ -99,6 +102,7 @@ void fused(Library& m) {
          "float mask_value, int num_heads, bool residual, " +
          of_norm + ", bool? by_layers) -> Tensor")
             .c_str());
+  m.def("fused_position_bias(Tensor offsets, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY(SWINKERNELS_NAMESPACE, m) {

@@ -26,17 +26,33 @@ struct RowNorm {
   float eps;
 };
 
-// out = residual + activation(norm(x) weight^T + bias). The rows of x are x_stride elements apart; out and residual (or null)
-// are contiguous.
+// Rows that consist of pieces of a map. Each axis of the map is cut into blocks of `factor` tokens, with a row for each
+// block of an image, in row-major order. A piece is `length` adjacent elements: those of token `at` of the block, or
+// zeros if that token is outside the map. Sizes and factors are in tokens, lengths, strides and offsets in elements; a 2D
+// map has a leading axis of one token.
+struct Patches {
+  struct Piece {
+    int64_t at[3];
+    int64_t offset;  // from the first element of the block
+  };
+  const Piece* pieces = nullptr;
+  int64_t count = 0;  // of pieces, or 0 if the rows are not patches
+  int64_t length = 0;
+  int64_t size[3] = {1, 1, 1}, factor[3] = {1, 1, 1}, strides[3] = {}, image_stride = 0;
+};
+
+// out = residual + post_norm(activation(norm(x) weight^T + bias)). The rows of x are x_stride elements apart, unless they
+// are patches; out and residual (or null) are contiguous.
 template <class Element>
 struct LinearParams {
   const Element* x;
   const Element* residual;
   Element* out;
   int64_t rows, x_stride;
-  RowNorm<Element> norm;
+  RowNorm<Element> norm, post_norm;
   LinearLayer<Element> layer;
   Activation activation;
+  Patches patches;
 };
 
 // out = residual + post_norm(fc2(activation(fc1(norm(x))))), in the same layout.

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.bypass import child
+from swinkernels.adapters.bypass import child, class_of, weight_and_bias, why_not_absorbed
+from swinkernels.adapters.checks import settled
 from swinkernels.adapters.linear_layers import Drop, add_linear, call_linear, why_not_left_out, why_not_readable
-from swinkernels.ops._fused_linear import linear
+from swinkernels.ops._fused_linear import joins, linear
+from swinkernels.ops._position_bias import position_bias as fused_position_bias
 
 
 def resembles_attention(attn: nn.Module | None) -> bool:
@@ -44,11 +46,50 @@ def qkv_of(attn: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     return call_linear("attn.qkv", qkv, x) if bias is qkv.bias else linear(x, qkv.weight, bias)
 
 
-def bias_table(attn: Any) -> Tensor:
-    """Return the bias table, (prod(2 * window - 1), num_heads)."""
-    if not is_cosine(attn):
-        return attn.relative_position_bias_table
-    return 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).reshape(-1, attn.num_heads))
+def bias_table(module: Any, *path: str) -> Tensor:
+    """Return the bias table, (prod(2 * window - 1), num_heads), of the attention module at ``path`` in ``module``.
+
+    ``module`` is the module that is being called, for :func:`settled`.
+    """
+    attn = _inner(module, path)
+    return position_bias(module, *path, "cpb_mlp") if is_cosine(attn) else attn.relative_position_bias_table
+
+
+def position_bias(module: Any, *path: str) -> Tensor:
+    """Return the bias table of v2, 16 sigmoid(MLP(offsets)), computed by one op if possible.
+
+    Args:
+        module: the module that is being called.
+        path: the path of the MLP in ``module``. The parent of the MLP stores the offsets.
+    """
+    mlp = _inner(module, path)
+    offsets = _inner(module, path[:-1]).relative_coords_table
+    if joins(offsets) and settled(module, _why_mlp_is_called, *path) is None:
+        fc1, _, fc2 = mlp._modules.values()
+        table = fused_position_bias(offsets, weight_and_bias(fc1), weight_and_bias(fc2))
+        if table is not None:
+            return table
+    table = mlp(offsets)
+    return 16 * torch.sigmoid(table.reshape(-1, table.shape[-1]))
+
+
+def _why_mlp_is_called(module: Any, *path: str) -> str | None:
+    """Return the reason why the MLP of the position bias, at ``path`` in ``module``, has to be called, or None."""
+    mlp = _inner(module, path)
+    reason = why_not_absorbed("the position bias", mlp, nn.Sequential, "an nn.Sequential")
+    if reason is not None:
+        return reason
+    if [class_of(layer) for layer in mlp._modules.values()] != [nn.Linear, nn.ReLU, nn.Linear]:
+        return "the position bias is not an nn.Linear, ReLU and an nn.Linear"
+    fc1, relu, fc2 = mlp._modules.values()
+    reason = why_not_readable("its first layer", fc1) or why_not_readable("its last layer", fc2)
+    return reason or why_not_absorbed("its ReLU", relu, nn.ReLU, "an nn.ReLU")
+
+
+def _inner(module: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        module = child(module, name)
+    return module
 
 
 def score_factor(attn: Any) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import check_module
+from swinkernels.nn._features import check_module, is_bare
 from swinkernels.ops._arguments import Ints, check_factor
+from swinkernels.ops._fused_linear import Norm, joins
+from swinkernels.ops._fused_patches import patch_linear
 from swinkernels.ops._library import norm_dtype
 from swinkernels.ops.layer_norm import layer_norm
 
@@ -20,7 +22,8 @@ class PatchEmbed(nn.Module):
     .. math:: y_i = LayerNorm(W \cdot patch_i + b)
 
     The projection is torch's convolution, with kernel and stride equal to the patch size. It runs in the channels-last
-    memory format, so its result is already the feature map, and only the image is copied to another layout. An image
+    memory format, so its result is already the feature map, and only the image is copied to another layout. In float32
+    and bfloat16 inference on some CPUs, one op reads the patches where they lie and computes the norm, too. An image
     that is not a multiple of the patch size is padded with zeros at the end of each axis.
 
     Args:
@@ -91,12 +94,23 @@ class PatchEmbed(nn.Module):
         pads = [-n % p for n, p in zip(image, self.patch_size, strict=True)]
         if any(pads):
             x = F.pad(x, [amount for pad in reversed(pads) for amount in (0, pad)])
+        tokens = self._fused(x)
+        if tokens is not None:
+            return tokens
         channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
         tokens = self.proj(x.contiguous(memory_format=channels_last)).movedim(1, -1)
         if self.norm is None:
             return tokens
         norm = self.norm
         return layer_norm(tokens, norm.weight, norm.bias, eps=norm.eps, dtype=norm_dtype(tokens), backend=self.backend)
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """Return the tokens of the image x, computed by one op, or None if the modules have to be called."""
+        proj, norm = self.proj, self.norm
+        if not (joins(x) and is_bare(proj, type(proj)) and (norm is None or is_bare(norm, nn.LayerNorm))):
+            return None
+        of_norm = None if norm is None else Norm(norm.weight, norm.bias, norm.eps, "post")
+        return patch_linear(x, proj.weight.flatten(1), proj.bias, of_norm, self.patch_size)
 
     def extra_repr(self) -> str:
         return (

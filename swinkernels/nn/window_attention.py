@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from swinkernels.nn._features import as_given, as_map, check_module, forgive, is_bare, refuse_tracing
 from swinkernels.ops._arguments import PAD_ORDERS, Ints, check_choice, check_ints, check_window
+from swinkernels.ops._fused_linear import joins
 from swinkernels.ops._library import autocast_dtype
+from swinkernels.ops._position_bias import position_bias
 from swinkernels.ops.attention_half import attention_half
 from swinkernels.ops.window_attention import window_attention_qkvpacked
 from swinkernels.reference.window_attention import relative_position_index
@@ -358,5 +360,18 @@ class WindowAttentionV2(_WindowAttention):
         offsets = self.relative_coords_table
         in_own_dtype = autocast_dtype(offsets) is not None
         with torch.autocast(offsets.device.type, enabled=False) if in_own_dtype else contextlib.nullcontext():
-            table = 16 * torch.sigmoid(self.cpb_mlp(offsets))
+            table = self._fused_table(offsets)
+            if table is None:
+                table = 16 * torch.sigmoid(self.cpb_mlp(offsets))
         return {"bias_table": table, "logit_scale": self.logit_scale}
+
+    def _fused_table(self, offsets: Tensor) -> Tensor | None:
+        """Return the bias table, computed by one op, or None if the modules have to be called."""
+        mlp: Any = self._modules["cpb_mlp"]
+        kinds = (nn.Linear, nn.ReLU, nn.Linear)
+        if not (joins(offsets) and is_bare(mlp, nn.Sequential) and len(mlp) == len(kinds)):
+            return None
+        if not all(map(is_bare, mlp, kinds)):
+            return None
+        fc1, _, fc2 = mlp
+        return position_bias(offsets, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias))

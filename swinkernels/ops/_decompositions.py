@@ -239,6 +239,10 @@ def _patch_merging_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm(_merged(x, factor, neighbours), weight, bias, eps, dtype)
+
+
+def _merged(x: Tensor, factor: Sequence[int], neighbours: Sequence[int]) -> Tensor:
     factor = factor[-(x.dim() - 2) :]
     ends = [-s % f for s, f in zip(x.shape[1:-1], factor, strict=True)]
     if not all(_known_equal(end, 0) for end in ends):
@@ -250,7 +254,7 @@ def _patch_merging_norm(
             part = part[(slice(None),) * axis + (slice(number % f, None, f),)]
             number //= f
         parts.append(part)
-    return _norm(torch.cat(parts, dim=-1), weight, bias, eps, dtype)
+    return torch.cat(parts, dim=-1)
 
 
 def _layer_norm(
@@ -300,7 +304,7 @@ def _mlp_half(
     return fallback.add(s, norm(y) if post else y, None)
 
 
-# --- Linear layers and halves of a block
+# --- Linear layers, halves of a block and the position bias
 
 
 def _normed(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_given: bool) -> Tensor:
@@ -324,6 +328,30 @@ def _fused_linear(
 ) -> Tensor:
     y = F.linear(_normed(x, norm_weight, norm_bias, eps, norm == "pre"), weight, bias)
     return _added(F.gelu(y, approximate=gelu) if gelu else y, residual)
+
+
+def _fused_patch_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    factor: list[int],
+    neighbours: list[int],
+    channels_first: bool,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    if channels_first:
+        factor = factor[-(x.dim() - 2) :]
+        for axis, f in enumerate(factor):
+            x = x.unflatten(2 + 2 * axis, (-1, f))
+        x = x.permute(0, *(2 + 2 * i for i in range(len(factor))), 1, *(3 + 2 * i for i in range(len(factor))))
+        rows = x.flatten(1 + len(factor))
+    else:
+        rows = _merged(x, factor, neighbours)
+    y = F.linear(_normed(rows, norm_weight, norm_bias, eps, norm == "pre"), weight, bias)
+    return _normed(y, norm_weight, norm_bias, eps, norm == "post")
 
 
 def _fused_mlp(
@@ -377,6 +405,11 @@ def _fused_attention_half(
     return _added(_normed(y, norm_weight, norm_bias, eps, norm == "post"), x if residual else None)
 
 
+def _fused_position_bias(offsets: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor) -> Tensor:
+    h = F.relu(F.linear(offsets.flatten(0, -2), fc1_weight, fc1_bias)).float()
+    return 16 * torch.sigmoid(F.linear(h, fc2_weight.float()))
+
+
 # --- registration
 
 _FORWARD: dict[str, Callable[..., Any]] = {
@@ -390,8 +423,10 @@ _FORWARD: dict[str, Callable[..., Any]] = {
     "residual_post_norm_fwd": _residual_post_norm,
     "mlp_half_triton": _mlp_half,
     "fused_linear": _fused_linear,
+    "fused_patch_linear": _fused_patch_linear,
     "fused_mlp": _fused_mlp,
     "fused_attention_half": _fused_attention_half,
+    "fused_position_bias": _fused_position_bias,
 }
 _WITH_TRITON = ("window_attention", "window_partition", "window_reverse", "patch_merging")
 _FORWARD |= {f"{name}_triton": function for name, function in _FORWARD.items() if name.startswith(_WITH_TRITON)}

@@ -3,9 +3,9 @@
 Window attention has two matrix products forward and four backward, each of 2 * M * head_dim FLOPs per query with M
 keys. This equals the count for the libraries' plain code. Decomposed relative positions add products with one table per
 axis. Scores that a backward kernel recomputes are not counted. Pad tokens are counted. ``mlp_half_triton``,
-``fused_linear`` and ``fused_mlp`` count the products of their Linear layers, and ``fused_attention_half`` those of its
-Linear layers and of the attention. The other ops multiply no matrices and
-count zero, as torch's own copies and norms do.
+``fused_linear``, ``fused_patch_linear``, ``fused_mlp`` and ``fused_position_bias`` count the products of their Linear
+layers, and ``fused_attention_half`` those of its Linear layers and of the attention. The other ops multiply no matrices
+and count zero, as torch's own copies and norms do.
 """
 
 from __future__ import annotations
@@ -61,6 +61,13 @@ def _linear_layers(*weights: int) -> Callable[..., int]:
     return flops
 
 
+def _patch_linear(x: Any, weight: Any, *others: Any, **_: Any) -> int:
+    factor, channels_first = others[3], others[5]
+    size = x[2:] if channels_first else x[1:-1]
+    rows = math.prod(-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True))
+    return 2 * x[0] * rows * math.prod(weight)
+
+
 def _attention_half(x: Any, q: Any, k: Any, v: Any, qkv_bias: Any, proj: Any, *others: Any, **_: Any) -> int:
     layers = [weight for weight in (q, k, v, proj) if weight is not None]
     linear = _linear_layers(*range(1, 1 + len(layers)))(x, *layers)
@@ -75,7 +82,9 @@ for _form, _axes in (("window_attention_qkvpacked", 3), ("window_attention", 2))
 FORMULAS["mlp_half_triton"] = _linear_layers(4, 6)
 FORMULAS["fused_linear"] = _linear_layers(1)
 FORMULAS["fused_mlp"] = _linear_layers(1, 3)
+FORMULAS["fused_patch_linear"] = _patch_linear
 FORMULAS["fused_attention_half"] = _attention_half
+FORMULAS["fused_position_bias"] = _linear_layers(1, 3)
 FORMULAS |= {f"{name}_triton": f for name, f in FORMULAS.items() if name.startswith(_WITH_TRITON)}
 
 

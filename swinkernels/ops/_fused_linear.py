@@ -77,7 +77,7 @@ class Norm(NamedTuple):
     place: str = "pre"  # "pre": before the first Linear layer, or "post": after the last one
 
 
-_NO_NORM = Norm(None, None, 0.0, "")
+NO_NORM = Norm(None, None, 0.0, "")
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -169,7 +169,7 @@ def linear(
     has found that the extension's kernels run: the residual then has the result's shape.
     """
     if on_kernels:
-        norm_weight, norm_bias, eps, place = norm or _NO_NORM
+        norm_weight, norm_bias, eps, place = norm or NO_NORM
         return run(_LINEAR_OP, x, weight, bias, residual, norm_weight, norm_bias, gelu or "", place, eps)
     if x.device.type == "cpu" and _is_fused(x, (weight, bias)):
         added = residual if residual is not None and _can_be_added(residual, x, weight) else None
@@ -214,7 +214,7 @@ def mlp(
     :func:`linear`.
     """
     if on_kernels or _is_one_op(x, fc1, fc2, residual, norm):
-        norm_weight, norm_bias, eps, place = norm or _NO_NORM
+        norm_weight, norm_bias, eps, place = norm or NO_NORM
         return run(_MLP_OP, x, *fc1, *fc2, residual, norm_weight, norm_bias, gelu, place, eps, None)
     if norm is not None and norm.place == "post":
         y = layer_norm(mlp(x, fc1, fc2, gelu=gelu), *norm[:3])

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from swinkernels.ops._arguments import frame_size
 from swinkernels.ops._fused_linear import Norm, cast_linear, linear
 from swinkernels.ops._fused_linear import layer_norm as rows_normed
+from swinkernels.ops._fused_patches import patch_linear
 from swinkernels.ops._library import Found, is_plain, is_untraced
 
 # torch's attention kernels map batch * heads to an axis of the CUDA grid, which has at most this many blocks.
@@ -504,6 +505,11 @@ def patch_merging(
 ) -> Tensor:
     """Merge neighbouring tokens in the order of ``neighbours``; ``by_channel`` is True for the order "unfold"."""
     rank = len(neighbours).bit_length() - 1
+    if between == dtype == x.dtype and not by_channel:
+        factor = [1] * (x.dim() - 2 - rank) + [2] * rank
+        y = patch_linear(x, weight, None, Norm(norm_weight, norm_bias, eps, norm), factor, neighbours)
+        if y is not None:
+            return y
     size = x.shape[-1 - rank : -1]
     if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program pads even and odd sizes
         # This is not written as s % 2, which OpenVINO cannot convert if s is symbolic.

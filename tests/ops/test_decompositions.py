@@ -73,14 +73,31 @@ def test_linear_layers(gelu: str) -> None:
         ("fused_linear", x, fc2.t()[:6], None, residual, fc2[:, 0], fc2[:, 1], gelu, "pre", 1e-3),
         ("fused_mlp", x, fc1, bias, fc2, None, residual, fc2[:, 0], None, gelu, "pre", 1e-3, False),
         ("fused_mlp", x, fc1, bias, fc2, None, residual, None, fc2[:, 1], gelu, "post", 1e-3, True),
+        ("fused_position_bias", x, fc1, bias, fc2),
     ):
         torch.testing.assert_close(decomposed(name, *arguments), getattr(ops, name)(*arguments))
 
 
 @needs_cpu
 @pytest.mark.parametrize("norm", ["", "pre", "post"])
+def test_patches(norm: str) -> None:
+    """The decomposition equals the CPU kernel, for maps with and without padding, and for images."""
+    torch.manual_seed(0)
+    for shape, factor, neighbours, columns in (
+        ((2, 4, 6, 3), [1, 2, 2], [0, 2, 1, 3], 12), ((1, 3, 5, 7, 4), [2, 2, 2], [7, 1], 8),
+        ((2, 3, 8, 6), [1, 4, 3], [], 36), ((1, 2, 4, 6, 4), [2, 3, 2], [], 24),
+    ):  # fmt: skip
+        of_norm = torch.randn(columns if norm == "pre" else 10)
+        arguments = (torch.randn(shape), torch.randn(10, columns), torch.randn(10), of_norm, None, factor, neighbours)
+        arguments = (*arguments, not neighbours, norm, 1e-3)
+        torch.testing.assert_close(decomposed("fused_patch_linear", *arguments), ops.fused_patch_linear(*arguments))
+
+
+@needs_cpu
+@pytest.mark.parametrize("norm", ["", "pre", "post"])
 def test_attention_half(norm: str) -> None:
     """The decomposition equals the CPU kernel."""
+    torch.manual_seed(0)
     x, q, k, v, bias = (torch.randn(s) for s in ((2, 5, 6, 12), (8, 12), (8, 12), (8, 12), (24,)))
     proj, table, logit_scale, of_norm = (torch.randn(s) for s in ((12, 8), (15, 2), (2,), (12,)))
     rest = "window_size=2,3;shift_size=1,0", 0.3, -100.0, 2, norm != "", norm, 1e-3, norm == "post"

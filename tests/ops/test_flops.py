@@ -51,12 +51,26 @@ def test_linear_layers_count_as_torchs() -> None:
         lambda: F.gelu(F.linear(x, fc1)),
         lambda: torch.ops.swinkernels.fused_mlp(x, fc1, None, fc2, None, None, None, None, "none", "", 0.0, False),
         lambda: F.linear(F.gelu(F.linear(x, fc1)), fc2),
+        lambda: torch.ops.swinkernels.fused_position_bias(x, fc1, None, fc2),
     ):
         with FlopCounterMode(display=False) as counter:
             call()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
-    assert counts[2] == counts[3] > counts[0]
+    assert counts[2] == counts[3] == counts[4] > counts[0]
+
+
+def test_patches_count_as_their_linear_layers() -> None:
+    merged, image = torch.empty(2, 5, 7, 6, device="meta"), torch.empty(2, 3, 8, 12, device="meta")
+    weight, of_image = torch.empty(10, 24, device="meta"), torch.empty(10, 48, device="meta")
+    rest = (None, None, None)
+    for arguments, products in (
+        ((merged, weight, *rest, [1, 2, 2], [0, 1, 2, 3], False, "", 0.0), 2 * 3 * 4 * 10 * 24),
+        ((image, of_image, *rest, [1, 4, 4], [], True, "", 0.0), 2 * 2 * 3 * 10 * 48),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            torch.ops.swinkernels.fused_patch_linear(*arguments)
+        assert counter.get_total_flops() == 2 * products
 
 
 def test_attention_half_counts_as_its_parts() -> None:

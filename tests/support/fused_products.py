@@ -31,15 +31,24 @@ def _joins(x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def fused_calls() -> Iterator[list[str]]:
-    """Collect the op's name for each product that a fused op computes inside the context; an MLP has two products."""
+def called_ops() -> Iterator[list[str]]:
+    """Collect the names of all ops that run inside the context."""
     names: list[str] = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield names
+    names += [event.name for event in profile.events()]
+
+
+@contextlib.contextmanager
+def fused_calls() -> Iterator[list[str]]:
+    """Collect the op's name for each product that a fused op computes inside the context; an MLP has two products."""
+    names: list[str] = []
+    with called_ops() as called:
+        yield names
     products = {"mkldnn::_linear_pointwise": 1, "swinkernels::fused_linear": 1, "swinkernels::fused_mlp": 2}
     products["swinkernels::fused_attention_half"] = 2  # with the weights of qkv and proj
-    for event in profile.events():
-        names += [event.name] * products.get(event.name, 0)
+    for name in called:
+        names += [name] * products.get(name, 0)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@
 //           attention are never written.
 #pragma once
 #include "linear.inl"
+#include "position_bias.inl"
 #include "window_attention.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
@@ -244,7 +245,8 @@ void attention_half(const AttentionHalfParams<Element>& p, int64_t* next, void* 
 constexpr LayerKernels<Element> kLayerKernels = {{linear_tasks, linear_scratch_bytes, linear},
                                                  {mlp_tasks, mlp_scratch_bytes, mlp},
                                                  {norm_tasks, norm_scratch_bytes, norm},
-                                                 {attention_half_tasks, attention_half_scratch_bytes, attention_half}};
+                                                 {attention_half_tasks, attention_half_scratch_bytes, attention_half},
+                                                 {position_bias_tasks, position_bias_scratch_bytes, position_bias}};
 
 }  // namespace
 }  // namespace swinkernels::cpu::SWINKERNELS_ISA

@@ -6,6 +6,7 @@
 #include "machine.h"
 #include "params/attention_half_cpu.h"
 #include "params/linear_cpu.h"
+#include "params/position_bias_cpu.h"
 #include "params/window_attention_cpu.h"
 
 namespace swinkernels::cpu {
@@ -67,6 +68,7 @@ struct LayerKernels {
   TaskKernel<MlpParams<Element>> mlp;
   TaskKernel<NormParams<Element>> norm;
   TaskKernel<AttentionHalfParams<Element>> attention_half;
+  TaskKernel<PositionBiasParams<Element>> position_bias;
 };
 
 struct Kernels {

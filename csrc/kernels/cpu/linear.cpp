@@ -21,17 +21,6 @@ constexpr int64_t kMlpRowsPerThread = 256, kMostMlpChannels = 2048;
 // few rows.
 constexpr int64_t kWindowsPerThread = 4, kMostHalfChannels = 768;
 
-// Runs a half's last layer, the norm of its result, if one is given, and the residual sum.
-template <class Element>
-void run_last(const LinearParams<Element>& layer, const RowNorm<Element>& norm, ParallelFor parallel_for) {
-  LinearParams<Element> p = layer;
-  if (norm.given) p.residual = nullptr;
-  linear_forward(p, parallel_for);
-  if (!norm.given) return;
-  const NormParams<Element> of_norm{p.out, layer.residual, p.out, p.rows, p.layer.out_features, norm};
-  run_tasks(layer_kernels<Element>().norm, of_norm, parallel_for);
-}
-
 template <class Element>
 void mlp_by_layers(const MlpParams<Element>& p, ParallelFor parallel_for) {
   const int64_t hidden = p.fc1.out_features, out = p.fc2.out_features;
@@ -42,10 +31,10 @@ void mlp_by_layers(const MlpParams<Element>& p, ParallelFor parallel_for) {
   for (int64_t first = 0; first < p.rows; first += step) {
     const int64_t rows = std::min(step, p.rows - first);
     const Element* residual = p.residual == nullptr ? nullptr : p.residual + first * out;
-    linear_forward<Element>({p.x + first * p.x_stride, nullptr, map, rows, p.x_stride, p.norm, p.fc1, p.activation},
+    linear_forward<Element>({p.x + first * p.x_stride, nullptr, map, rows, p.x_stride, p.norm, {}, p.fc1, p.activation},
                             parallel_for);
-    run_last<Element>({map, residual, p.out + first * out, rows, hidden, {}, p.fc2, Activation::kNone}, p.post_norm,
-                      parallel_for);
+    linear_forward<Element>(
+        {map, residual, p.out + first * out, rows, hidden, {}, p.post_norm, p.fc2, Activation::kNone}, parallel_for);
   }
 }
 
@@ -87,13 +76,13 @@ void attend_by_layers(const AttentionHalfParams<Element>& p, int64_t first, int6
     if (packed && i > 0) continue;
     LinearLayer<Element> layer = p.qkv[i];
     if (packed) layer.out_features = 3 * width;
-    linear_forward<Element>({x, nullptr, part, rows, p.channels, p.norm, layer, Activation::kNone}, parallel_for);
+    linear_forward<Element>({x, nullptr, part, rows, p.channels, p.norm, {}, layer, Activation::kNone}, parallel_for);
   }
   attention.out = map_at<void*>(attended, width, attention);
   attention.pad_qkv = p.qkv[0].bias;  // the biases of q, k and v follow one another
   window_attention_forward(attention, parallel_for);
-  run_last<Element>({attended, p.residual ? x : nullptr, out, rows, width, {}, p.proj, Activation::kNone}, p.post_norm,
-                    parallel_for);
+  linear_forward<Element>(
+      {attended, p.residual ? x : nullptr, out, rows, width, {}, p.post_norm, p.proj, Activation::kNone}, parallel_for);
 }
 
 // Computes as many images at a time as have maps that MapMemory keeps, but at least one.
@@ -112,8 +101,13 @@ void attention_half_by_layers(const AttentionHalfParams<Element>& p, ParallelFor
 }  // namespace
 
 template <class Element>
-void linear_forward(const LinearParams<Element>& p, ParallelFor parallel_for) {
+void linear_forward(const LinearParams<Element>& params, ParallelFor parallel_for) {
+  LinearParams<Element> p = params;
+  if (p.post_norm.given) p.residual = nullptr;
   run_tasks(layer_kernels<Element>().linear, p, parallel_for);
+  if (!p.post_norm.given) return;
+  const NormParams<Element> of_norm{p.out, params.residual, p.out, p.rows, p.layer.out_features, p.post_norm};
+  run_tasks(layer_kernels<Element>().norm, of_norm, parallel_for);
 }
 
 template <class Element>

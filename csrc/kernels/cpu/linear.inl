@@ -89,9 +89,8 @@ void normalise_block(const RowNorm<Element>& norm, int64_t channels, const Block
   }
 }
 
-// Packs a block's rows of x, which are `stride` apart, as units, and normalises them if a norm is given.
-void pack_block(const Element* x, int64_t stride, const RowNorm<Element>& norm, const Block& block,
-                const Panels& panels) {
+// Packs a block's rows of x, which are `stride` apart, as units.
+void pack_rows(const Element* x, int64_t stride, const Block& block, const Panels& panels) {
   for (int64_t i = 0; i < block.panels; ++i) {
     const Element* first = x + (block.first + i * kPanelRows) * stride;
     pack([&](int64_t r) { return first + r * stride; }, block.rows_of(i), panels.height, panels.at(i),
@@ -101,7 +100,73 @@ void pack_block(const Element* x, int64_t stride, const RowNorm<Element>& norm, 
     const Element* row = x + (block.first + block.rows + r) * stride;
     for (int64_t u = 0; u < panels.height; ++u) __builtin_memcpy(panels.tail_row(r) + u, row + u * kNumbers, 4);
   }
-  if (norm.given) normalise_block<Units>(norm, panels.height * kNumbers, block, panels);
+}
+
+// The blocks of a map, of up to kPanelRows rows, whose tokens form patches.
+struct PatchRows {
+  const Patches& p;
+  const Element* zeros;  // a piece outside the map
+  bool is_padded = false;
+  int64_t grid[3];
+  const Element* starts[kPanelRows];
+  int64_t tokens[kPanelRows][3];  // the first of each block
+
+  PatchRows(const Patches& patches, const Element* of_zeros) : p(patches), zeros(of_zeros) {
+    for (int i = 0; i < 3; ++i) {
+      grid[i] = (p.size[i] + p.factor[i] - 1) / p.factor[i];
+      is_padded = is_padded || p.size[i] % p.factor[i] != 0;
+    }
+  }
+  // Finds the blocks of rows [first, first + count).
+  void move_to(const Element* x, int64_t first, int64_t count) {
+    int64_t at[3], image = first;
+    for (int i = 2; i >= 0; --i) {
+      at[i] = image % grid[i];
+      image /= grid[i];
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      starts[r] = x + image * p.image_stride;
+      for (int i = 0; i < 3; ++i) {
+        tokens[r][i] = at[i] * p.factor[i];
+        starts[r] += tokens[r][i] * p.strides[i];
+      }
+      if (++at[2] < grid[2]) continue;
+      at[2] = 0;
+      if (++at[1] < grid[1]) continue;
+      at[1] = 0;
+      if (++at[0] < grid[0]) continue;
+      at[0] = 0;
+      ++image;
+    }
+  }
+  const Element* piece(int64_t r, const Patches::Piece& of) const {
+    if (is_padded) {
+      for (int i = 0; i < 3; ++i) {
+        if (tokens[r][i] + of.at[i] >= p.size[i]) return zeros;
+      }
+    }
+    return starts[r] + of.offset;
+  }
+};
+
+// Packs a block's rows, which are patches, as units.
+void pack_patches(const Element* x, PatchRows& rows, const Block& block, const Panels& panels) {
+  const Patches& p = rows.p;
+  const int64_t units = p.length / kNumbers;
+  for (int64_t i = 0; i < block.panels; ++i) {
+    const int64_t width = block.width_of(i);
+    rows.move_to(x, block.first + i * kPanelRows, block.rows_of(i));
+    for (int64_t n = 0; n < p.count; ++n) {
+      pack([&](int64_t r) { return rows.piece(r, p.pieces[n]); }, block.rows_of(i), units,
+           panels.at(i) + n * units * width, width);
+    }
+  }
+  rows.move_to(x, block.first + block.rows, block.tail);
+  for (int64_t r = 0; r < block.tail; ++r) {
+    for (int64_t n = 0; n < p.count; ++n) {
+      __builtin_memcpy(panels.tail_row(r) + n * units, rows.piece(r, p.pieces[n]), units * sizeof(float));
+    }
+  }
 }
 
 // Multiplies `count` rows of a weight, which are `stride` apart, by kRows rows of x, for `depth` units. Row r of the
@@ -261,9 +326,12 @@ struct LinearTasks {
 
 struct LinearScratch {
   Panels x, y;
+  Element* zeros;
 
   LinearScratch(const LinearParams<Element>& p, const Blocks& blocks, Arena& arena)
-      : x(blocks, p.layer.in_features / kNumbers, p.norm.given, arena), y(blocks, kColumns, false, arena) {}
+      : x(blocks, p.layer.in_features / kNumbers, p.norm.given, arena),
+        y(blocks, kColumns, false, arena),
+        zeros(arena.take<Element>(p.patches.count > 0 ? p.patches.length : 0)) {}
 };
 
 template <Activation kActivation>
@@ -272,6 +340,8 @@ void linear_as(const LinearParams<Element>& p, int64_t* next, void* memory) {
   const LinearTasks tasks(p);
   Arena arena(memory);
   const LinearScratch s(p, tasks.blocks, arena);
+  PatchRows patches(p.patches, s.zeros);
+  for (int64_t i = 0; p.patches.count > 0 && i < p.patches.length; ++i) s.zeros[i] = 0;
   int64_t packed = -1;
   for (;;) {
     const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
@@ -279,7 +349,12 @@ void linear_as(const LinearParams<Element>& p, int64_t* next, void* memory) {
     const Block block(tasks.blocks, task / tasks.per_block);
     if (block.first != packed) {
       packed = block.first;
-      pack_block(p.x, p.x_stride, p.norm, block, s.x);
+      if (p.patches.count > 0) {
+        pack_patches(p.x, patches, block, s.x);
+      } else {
+        pack_rows(p.x, p.x_stride, block, s.x);
+      }
+      if (p.norm.given) normalise_block<Units>(p.norm, layer.in_features, block, s.x);
     }
     const int64_t begin = task % tasks.per_block * tasks.columns;
     const int64_t end = smaller(begin + tasks.columns, layer.out_features);
@@ -316,7 +391,8 @@ void mlp_as(const MlpParams<Element>& p, int64_t* next, void* memory) {
     const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
     if (task >= blocks.count) return;
     const Block block(blocks, task);
-    pack_block(p.x, p.x_stride, p.norm, block, s.x);
+    pack_rows(p.x, p.x_stride, block, s.x);
+    if (p.norm.given) normalise_block<Units>(p.norm, p.fc1.in_features, block, s.x);
     int64_t h = 0;
     do {  // once if there are no hidden channels
       const int64_t depth = smaller(kHidden, p.fc1.out_features - h);

@@ -187,7 +187,7 @@ def _attention_arguments(form: Form, block: Any, size: tuple[int, ...], mask_val
     """Return the attention op's arguments for a map of the given size, except its inputs and the backend."""
     attn = block.attn
     return {
-        "bias_table": bias_table(attn),
+        "bias_table": bias_table(block, "attn"),
         **score_factor(attn),
         **_geometry(form, block, size),
         "pad_qkv": qkv_bias(attn),
@@ -785,7 +785,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
         with torch.no_grad():
             return {
                 "scale": None,
-                "bias_table": bias_table(block.attn),
+                "bias_table": bias_table(block, "attn"),
                 "pad_qkv": qkv_bias(block.attn),
                 "mask_value": -100.0,
                 **score_factor(block.attn),

@@ -126,7 +126,7 @@ def _index(attn: Any) -> Tensor | None:
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
     """Return the op's arguments for bias, scale and geometry for a map of ``height`` x ``width``."""
     w_msa = child(attn, "w_msa")
-    return {"bias_table": bias_table(w_msa), **score_factor(w_msa), **_geometry(attn, height, width)}
+    return {"bias_table": bias_table(attn, "w_msa"), **score_factor(w_msa), **_geometry(attn, height, width)}
 
 
 def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import child, first_weight, watch
 from swinkernels.adapters.checks import settled
 from swinkernels.adapters.libraries.timm import _blocks
-from swinkernels.adapters.microsoft_attention import why_layers_are_called
+from swinkernels.adapters.microsoft_attention import position_bias, why_layers_are_called
 from swinkernels.adapters.norms import Merging
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops._fused_linear import linear
@@ -60,7 +60,7 @@ def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
     attn = child(block, "attn")
     return {
         "pad_qkv": _bias(attn),
-        "bias_table": 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)),
+        "bias_table": position_bias(block, "attn", "cpb_mlp"),
         "logit_scale": attn.logit_scale,
         **_blocks.shifted_windows(block),
     }

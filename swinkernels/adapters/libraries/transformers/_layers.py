@@ -29,6 +29,7 @@ from swinkernels.adapters.checks import settled
 from swinkernels.adapters.halves import Halves, add_normed_attention, attention_branch
 from swinkernels.adapters.linear_layers import Mlp, call_linear, know_gelu, why_not_left_out, why_not_readable
 from swinkernels.adapters.masks import is_window_index
+from swinkernels.adapters.microsoft_attention import position_bias
 from swinkernels.adapters.norms import Merging, Residual, floored_drop_path_scale, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention
@@ -52,10 +53,15 @@ def _projections(layer: Any) -> dict[str, Any]:
     return {**found, "attention.output.dense": child(child(attention, "output"), "dense")}
 
 
+def _position_bias_path(layer: Any) -> tuple[str, str]:
+    attention = child(layer, "attention")
+    return "attention", "self" if "self" in attention._modules else "relative_position_bias"
+
+
 def _position_bias(layer: Any) -> Any:
     """Return the module that stores the window, the index into the bias table and the parameters of the bias."""
-    attention = child(layer, "attention")
-    return child(attention, "self" if "self" in attention._modules else "relative_position_bias")
+    attention, of_bias = _position_bias_path(layer)
+    return child(child(layer, attention), of_bias)
 
 
 def _num_heads(layer: Any) -> int:
@@ -192,11 +198,10 @@ def _pad_qkv(layer: Any) -> Tensor | None:
 
 def _attention_arguments(layer: Any) -> dict[str, Any]:
     """Return the op's arguments after q, k and v, except dropout_p and backend."""
-    of_bias, heads = _position_bias(layer), _num_heads(layer)
+    of_bias = _position_bias(layer)
     if "continuous_position_bias_mlp" in of_bias._modules:
-        table = of_bias.continuous_position_bias_mlp(of_bias.relative_coords_table).view(-1, heads)
         scores = {
-            "bias_table": 16 * torch.sigmoid(table),
+            "bias_table": position_bias(layer, *_position_bias_path(layer), "continuous_position_bias_mlp"),
             "logit_scale": of_bias.logit_scale,
             "mask_value": -100.0 * _MASKED[original_class(layer)],
         }
