@@ -23,7 +23,7 @@ from swinkernels.ops._library import PLAIN_TYPES, is_plain
 _modules_of = itemgetter("_modules")
 _tensors_of = itemgetter("_parameters", "_buffers")
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_metadata_of = attrgetter("shape", "dtype", "device", "layout")
+metadata = attrgetter("shape", "dtype", "device", "layout")  # of a tensor
 _version_of = attrgetter("_version", "requires_grad")
 # Attributes of every module. Of these, checks read the mode, and hooks, parameters, buffers and inner modules, which
 # are compared separately.
@@ -86,7 +86,7 @@ class _State:
         self._types = list(map(type, tensors))
         if not PLAIN_TYPES.issuperset(self._types):
             raise TypeError("a parameter or buffer is of a subclass of Tensor")
-        self._metadata = list(map(_metadata_of, [t for t in tensors if t is not None]))
+        self._metadata = list(map(metadata, [t for t in tensors if t is not None]))
         # Values of parameters do not matter, so a parameter may be replaced by another one of the same kind.
         self._buffers = [(weakref.ref(t), _version_of(t)) for t in tensors if type(t) is Tensor]
         self._own_hooks = [dict(hooks) for hooks in _hooks_of(module.__dict__)]  # they run in any case
@@ -119,7 +119,7 @@ class _State:
         tensors = self._tensors(states)
         return (
             list(map(type, tensors)) == self._types
-            and list(map(_metadata_of, [t for t in tensors if t is not None])) == self._metadata
+            and list(map(metadata, [t for t in tensors if t is not None])) == self._metadata
             and all(of() is t and _version_of(t) == v for (of, v), t in self._pairs(tensors))
             and self._containers == self._contents
             and list(_hooks_of(module.__dict__)) == self._own_hooks
@@ -202,6 +202,28 @@ def keeps_results(module: Any) -> bool:
     return _results(module) is not None
 
 
+def kept(module: Any, key: Any, make: Callable[[], Result]) -> Result | None:
+    """Return make(), or the result of an earlier call with the same key if nothing has changed since then.
+
+    Return None if results must not be kept. The rules of :func:`settled` apply; the result may also depend on the key.
+    """
+    results = _results(module)
+    if results is None:
+        return None
+    result = results.get(key)
+    if result is None:
+        result = make()
+        if result is not None:
+            _keep(results, key, result)
+    return result
+
+
+def _keep(results: dict[Any, Any], key: Any, result: Any) -> None:
+    if len(results) >= _MOST_RESULTS:
+        results.clear()
+    results[key] = result
+
+
 def settled(module: Any, check: Callable[..., Result], *arguments: Any) -> Result:
     """Return check(module, *arguments), or the result of an earlier call if nothing has changed since then.
 
@@ -219,7 +241,5 @@ def settled(module: Any, check: Callable[..., Result], *arguments: Any) -> Resul
         return results[key]
     result = check(module, *arguments)
     if not isinstance(result, str) and result is not False:
-        if len(results) >= _MOST_RESULTS:
-            results.clear()
-        results[key] = result
+        _keep(results, key, result)
     return result

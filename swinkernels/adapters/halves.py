@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.bypass import child, class_of, weight_and_bias, why_not_absorbed
-from swinkernels.adapters.checks import settled
+from swinkernels.adapters.checks import kept, metadata, settled
 from swinkernels.adapters.linear_layers import (
     Layers,
     Mlp,
@@ -29,9 +29,12 @@ from swinkernels.adapters.linear_layers import (
 )
 from swinkernels.adapters.norms import Residual, are_elsewhere, norm_dtype
 from swinkernels.ops._backends import backend_beside
-from swinkernels.ops._fused_linear import joins
-from swinkernels.ops._library import autocast_dtype, is_untraced, linear_dtype
-from swinkernels.ops.attention_half import attention_half
+from swinkernels.ops._fused_attention import KernelCall
+from swinkernels.ops._fused_attention import attention_half as fused_attention_half
+from swinkernels.ops._fused_linear import Layer, Norm, fit_kernels, joins, mlp, run_on_kernels
+from swinkernels.ops._library import autocast_dtype, call_key, is_untraced, linear_dtype
+from swinkernels.ops._onednn import is_large
+from swinkernels.ops.attention_half import TABLES, attention_half, decide, tables_of
 from swinkernels.ops.mlp_half import mlp_half
 
 # Computes an attention branch or, given True, its sum with the block's input; see Halves.run.
@@ -94,11 +97,9 @@ class Halves:
             attention: in v1, computes the attention branch of ``x`` before the drop path or, given True, adds x to it.
                 Returns None if attention_half cannot compute it.
         """
-        if torch.is_grad_enabled():
-            applies = block._swinkernels_recomputes and is_untraced((x,))
-        else:
-            applies = joins(x)
-        if not applies:
+        if not torch.is_grad_enabled():
+            return self._inferred(block, x, attention) if joins(x) else None
+        if not (block._swinkernels_recomputes and is_untraced((x,))):
             return None
         of_branch = linear_dtype(x)
         if self.norm == "post":
@@ -109,14 +110,14 @@ class Halves:
         layers = settled(block, self._weak_layers_or_reason, x.shape[-1], x.device, dtype)
         if isinstance(layers, str):
             return None
-        if torch.is_grad_enabled():
-            found = self._recomputing(block, x, attention, of_branch)
-        else:
-            found = self._joined(block, x, attention)
+        found = self._recomputing(block, x, attention, of_branch)
         if found is None:
             return None
         x, options = found
-        norm, (fc1, fc2, gelu) = child(block, self.residual.norm), layers.strong()
+        return self._mlp_half(block, x, layers.strong(), **options)
+
+    def _mlp_half(self, block: Any, x: Tensor, layers: Layers, **options: Any) -> Tensor:
+        norm, (fc1, fc2, gelu) = child(block, self.residual.norm), layers
         return mlp_half(
             x, *weight_and_bias(norm), *weight_and_bias(fc1), *weight_and_bias(fc2), eps=norm.eps, norm=self.norm,
             approximate=gelu, backend=backend_beside("residual_layer_norm", block._swinkernels_backend), **options,
@@ -164,15 +165,24 @@ class Halves:
             last = self.residual.scale(child(self.owner(block), self.mlp.drop), x, of_branch)
         return x, {"branch": branch, "branch_scale": scale, "drop_path_scale": last}
 
-    def _joined(self, block: Any, x: Tensor, attention: Attention | None) -> tuple[Tensor, dict[str, Any]] | None:
-        """Return mlp_half's input, the residual stream after attention, and no arguments for branch and drop paths.
+    def _inferred(self, block: Any, x: Tensor, attention: Attention | None) -> Tensor | None:
+        """Compute the block (v1) or its MLP half (v2) in inference, for an input for which :func:`joins` is True.
 
-        Return None if a drop path is active or if attention_half cannot compute the attention.
+        Return None if a drop path is active, or if attention_half or mlp_half cannot compute a half.
         """
-        if not settled(block, self._drops_nothing):
+        layers = settled(block, self._weak_layers_or_reason, x.shape[-1], x.device, x.dtype)
+        if isinstance(layers, str) or not settled(block, self._drops_nothing):
             return None
         s = x if attention is None else attention(True)
-        return None if s is None else (s, {})
+        if s is None:
+            return None
+        norm, (fc1, fc2, gelu) = child(block, self.residual.norm), layers.strong()
+        of_norm, of_layers = weight_and_bias(norm), (weight_and_bias(fc1), weight_and_bias(fc2))
+        backend = backend_beside("residual_layer_norm", block._swinkernels_backend)
+        if kept(block, (self, *metadata(s)), lambda: _is_one_op(s, of_norm, *of_layers, backend)):
+            norm_of_op = Norm(*of_norm, norm.eps, self.norm)
+            return mlp(s, *of_layers, gelu=gelu, residual=s, norm=norm_of_op, on_kernels=True)
+        return self._mlp_half(block, s, layers.strong())
 
     def _drops_nothing(self, block: Any) -> bool:
         drops = [(block, self.residual.drop_path, self.residual.kind)]
@@ -212,6 +222,16 @@ def add_normed_attention(
     return branch() if _drops_nothing(block, residual.drop_path, residual.kind) else None
 
 
+def _is_one_op(x: Tensor, norm: Layer, fc1: Layer, fc2: Layer, backend: str) -> bool | None:
+    """Return True if mlp_half would compute its result for these parameters with one op, or None.
+
+    The shapes of the parameters fit, and the result depends only on metadata if :func:`joins` returned True.
+    """
+    tensors = (x, *norm, *fc1, *fc2)
+    fits = backend == "auto" and fit_kernels(x, tensors) and run_on_kernels(x, (fc1[0], fc2[0]), tensors)
+    return True if fits and is_large(x, fc1[0]) else None
+
+
 # Returns the norm, the Linear layers of q, k and v (one for all or one for each) and the last Linear layer of a block's
 # attention half.
 AttentionLayers = Callable[[Any], tuple[Any, Sequence[Any], Any]]
@@ -245,9 +265,28 @@ def attention_branch(
         return None
     norm, qkv, proj = layers(block)
     weights = tuple(weight_and_bias(layer)[0] for layer in qkv)
+    of_norm, of_proj, bias = weight_and_bias(norm), weight_and_bias(proj), arguments.pop("pad_qkv")
+    tables = tables_of(arguments.get("bias_table"), arguments)
+    if not torch.is_grad_enabled() and joins(x):
+
+        def call() -> KernelCall | None:
+            rest = dict(arguments)
+            found = decide(
+                x, *of_norm, weights, bias, *of_proj, rest.pop("bias_table", None), num_heads=rest.pop("num_heads"),
+                window_size=rest.pop("window_size"), eps=norm.eps, norm=place, residual=residual, drop_path_scale=None,
+                layer_scale=None, backend=backend, attention=rest,
+            )  # fmt: skip
+            fits = found.fit and run_on_kernels(x, (*weights, of_proj[0]), (x, *of_norm, *weights, bias, *of_proj))
+            return found.call if fits else None
+
+        rest = tuple(item for item in arguments.items() if item[0] not in TABLES)
+        key = call_key((x, *tables), (place, residual, backend, rest))
+        found = None if key is None else kept(block, (layers, key), call)
+        if found is not None:
+            return fused_attention_half(x, weights, bias, of_proj, of_norm, tables, found)
     return attention_half(
-        x, *weight_and_bias(norm), weights[0] if len(weights) == 1 else weights, arguments.pop("pad_qkv"),
-        *weight_and_bias(proj), eps=norm.eps, norm=place, residual=residual, backend=backend, **arguments,
+        x, *of_norm, weights[0] if len(weights) == 1 else weights, bias, *of_proj, eps=norm.eps, norm=place,
+        residual=residual, backend=backend, **arguments,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from swinkernels.adapters.bypass import child, class_of, weight_and_bias, why_no
 from swinkernels.adapters.checks import settled
 from swinkernels.adapters.linear_layers import Drop, add_linear, call_linear, why_not_left_out, why_not_readable
 from swinkernels.ops._fused_linear import joins, linear
+from swinkernels.ops._position_bias import is_one_op
 from swinkernels.ops._position_bias import position_bias as fused_position_bias
 
 
@@ -64,26 +65,25 @@ def position_bias(module: Any, *path: str) -> Tensor:
     """
     mlp = _inner(module, path)
     offsets = _inner(module, path[:-1]).relative_coords_table
-    if joins(offsets) and settled(module, _why_mlp_is_called, *path) is None:
+    if joins(offsets) and settled(module, _is_one_op, *path):
         fc1, _, fc2 = mlp._modules.values()
-        table = fused_position_bias(offsets, weight_and_bias(fc1), weight_and_bias(fc2))
-        if table is not None:
-            return table
+        return fused_position_bias(offsets, weight_and_bias(fc1), weight_and_bias(fc2))
     table = mlp(offsets)
     return 16 * torch.sigmoid(table.reshape(-1, table.shape[-1]))
 
 
-def _why_mlp_is_called(module: Any, *path: str) -> str | None:
-    """Return the reason why the MLP of the position bias, at ``path`` in ``module``, has to be called, or None."""
+def _is_one_op(module: Any, *path: str) -> bool:
+    """Return True if one op can compute the position bias, whose MLP is at ``path``, without calling its modules."""
     mlp = _inner(module, path)
-    reason = why_not_absorbed("the position bias", mlp, nn.Sequential, "an nn.Sequential")
-    if reason is not None:
-        return reason
+    if why_not_absorbed("the MLP", mlp, nn.Sequential, "an nn.Sequential") is not None:
+        return False
     if [class_of(layer) for layer in mlp._modules.values()] != [nn.Linear, nn.ReLU, nn.Linear]:
-        return "the position bias is not an nn.Linear, ReLU and an nn.Linear"
+        return False
     fc1, relu, fc2 = mlp._modules.values()
-    reason = why_not_readable("its first layer", fc1) or why_not_readable("its last layer", fc2)
-    return reason or why_not_absorbed("its ReLU", relu, nn.ReLU, "an nn.ReLU")
+    reason = why_not_readable("fc1", fc1) or why_not_readable("fc2", fc2)
+    if reason is not None or why_not_absorbed("the ReLU", relu, nn.ReLU, "an nn.ReLU") is not None:
+        return False
+    return is_one_op(_inner(module, path[:-1]).relative_coords_table, weight_and_bias(fc1), weight_and_bias(fc2))
 
 
 def _inner(module: Any, path: Sequence[str]) -> Any:

@@ -15,7 +15,7 @@ from swinkernels.nn._features import as_given, as_map, check_module, forgive, is
 from swinkernels.ops._arguments import PAD_ORDERS, Ints, check_choice, check_ints, check_window
 from swinkernels.ops._fused_linear import joins
 from swinkernels.ops._library import autocast_dtype
-from swinkernels.ops._position_bias import position_bias
+from swinkernels.ops._position_bias import is_one_op, position_bias
 from swinkernels.ops.attention_half import attention_half
 from swinkernels.ops.window_attention import window_attention_qkvpacked
 from swinkernels.reference.window_attention import relative_position_index
@@ -374,4 +374,5 @@ class WindowAttentionV2(_WindowAttention):
         if not all(map(is_bare, mlp, kinds)):
             return None
         fc1, _, fc2 = mlp
-        return position_bias(offsets, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias))
+        given = offsets, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
+        return position_bias(*given) if is_one_op(*given) else None

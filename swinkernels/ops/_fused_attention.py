@@ -7,10 +7,12 @@ written, or, if that is faster, it runs one layer after the other (csrc/kernels/
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from swinkernels.ops._fused_linear import Layer, Norm, run
+from swinkernels.ops._fused_linear import Layer, run
 from swinkernels.ops._library import define, register
 from swinkernels.window_spec import WindowSpec
 
@@ -35,12 +37,41 @@ def _refuse(*_):
     )
 
 
+# bias_table, bias, logit_scale and region_map, as in window attention
+Tables = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 _OP = register("fused_attention_half", _fake, lambda ctx, tensors, others, output: None, _refuse)
 
 
-def takes(spec: WindowSpec) -> bool:
-    """Return True if the op computes window attention with this spec."""
-    return spec.key_window == spec.window_size and not spec.axis_tables and spec.dropout_p == 0.0
+class KernelCall(NamedTuple):
+    """The arguments of the op that are not tensors, except the last one."""
+
+    spec: str
+    scale: float
+    mask_value: float
+    num_heads: int
+    residual: bool
+    norm: str
+    eps: float
+
+
+def kernel_call(
+    x: Tensor, head_dim: int, tables: Tables, spec: WindowSpec, num_heads: int, residual: bool, norm: str, eps: float
+) -> KernelCall | None:
+    """Return the op's arguments for window attention with this spec, or None if the op does not compute it.
+
+    The result depends only on the metadata of ``x`` and ``tables``.
+    """
+    *_, logit_scale, region_map = tables
+    if spec.key_window != spec.window_size or spec.axis_tables or spec.dropout_p != 0.0:
+        return None
+    if region_map is not None and region_map.dtype != torch.int32:
+        return None
+    # In bfloat16 the kernels multiply channels in pairs. They round q and k of unit length, and with few channels these
+    # errors do not average out.
+    if x.dtype == torch.bfloat16 and (head_dim % 2 == 1 or (logit_scale is not None and head_dim < 16)):
+        return None
+    return KernelCall(spec.wire(needs_lse=False), spec.scale, spec.mask_value, num_heads, residual, norm, eps)
 
 
 def attention_half(
@@ -48,29 +79,11 @@ def attention_half(
     qkv: tuple[Tensor, ...],
     qkv_bias: Tensor | None,
     proj: Layer,
-    norm: Norm,
-    tables: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    spec: WindowSpec,
-    num_heads: int,
-    residual: bool,
-) -> Tensor | None:
-    """Run the op, or return None if it does not support the tensors.
-
-    ``tables`` are bias_table, bias, logit_scale and region_map; the other arguments are those of the public function,
-    which has checked them. :func:`takes` and run_on_kernels must have returned True.
-    """
+    norm: tuple[Tensor | None, Tensor | None],
+    tables: Tables,
+    call: KernelCall,
+) -> Tensor:
+    """Run the op. ``norm`` is the weight and the bias of the norm, and run_on_kernels must have returned True."""
     *floats, region_map = tables
-    if region_map is not None and region_map.dtype != torch.int32:
-        return None
-    bias_table, bias, logit_scale = (t if t is None else t.float() for t in floats)
-    if x.dtype == torch.bfloat16:
-        head_dim = proj[0].shape[1] // num_heads
-        # The kernels multiply channels in pairs. They round q and k of unit length, and with few channels these errors
-        # do not average out.
-        if head_dim % 2 == 1 or (logit_scale is not None and head_dim < 16):
-            return None
-    return run(
-        _OP, x, *(*qkv, None, None)[:3], qkv_bias, *proj, norm.weight, norm.bias, bias_table, bias, logit_scale,
-        region_map, spec.wire(needs_lse=False), spec.scale, spec.mask_value, num_heads, residual, norm.place, norm.eps,
-        None,
-    )  # fmt: skip
+    floats = [t if t is None else t.float() for t in floats]
+    return run(_OP, x, *(*qkv, None, None)[:3], qkv_bias, *proj, *norm, *floats, region_map, *call, None)

@@ -28,18 +28,24 @@ def _refuse(*_):
 _OP = register("fused_position_bias", _fake, lambda ctx, tensors, others, output: None, _refuse)
 
 
-def position_bias(offsets: Tensor, fc1: Layer, fc2: Layer) -> Tensor | None:
-    """Return the table (prod(2 * window - 1), num_heads) in float32, or None if torch's functions have to compute it.
+def is_one_op(offsets: Tensor, fc1: Layer, fc2: Layer) -> bool:
+    """Return True if :func:`position_bias` can compute the table, instead of torch's functions.
 
-    Args:
-        offsets: (..., axes), the logarithmically spaced offsets, one row for each row of the table.
-        fc1, fc2: the weights (hidden, axes) and (num_heads, hidden) of the MLP, with their biases. fc2 must have none.
+    If :func:`joins` returns True for ``offsets``, the result depends only on the metadata of the tensors.
     """
     tensors = (offsets, *fc1, *fc2)
     if not (joins(offsets) and fc2[1] is None and fit_kernels(offsets, tensors)):
-        return None
-    if not (_fits(offsets, *fc1, fc2[0]) and run_on_kernels(offsets, (fc1[0], fc2[0]), tensors)):
-        return None
+        return False
+    return _fits(offsets, *fc1, fc2[0]) and run_on_kernels(offsets, (fc1[0], fc2[0]), tensors)
+
+
+def position_bias(offsets: Tensor, fc1: Layer, fc2: Layer) -> Tensor:
+    """Return the table (prod(2 * window - 1), num_heads), in float32, if :func:`is_one_op` returned True.
+
+    Args:
+        offsets: (..., axes), the logarithmically spaced offsets, one row for each row of the table.
+        fc1, fc2: the weights (hidden, axes) and (num_heads, hidden) of the MLP, with their biases; fc2 has none.
+    """
     return run(_OP, offsets, *fc1, fc2[0])
 
 

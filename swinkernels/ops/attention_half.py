@@ -6,23 +6,119 @@ The function composes the ops for norm and window attention, torch's matrix prod
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from swinkernels import reference
-from swinkernels.ops import _arguments, _fused_attention
+from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import backend_beside, choose, norm_reasons
+from swinkernels.ops._fused_attention import KernelCall, Tables, kernel_call
+from swinkernels.ops._fused_attention import attention_half as fused_attention_half
 from swinkernels.ops._fused_linear import Norm, fit_kernels, linear, run_on_kernels, runs_alone
 from swinkernels.ops._halves import cast, check_half, finish, norm_parameters, scaled
 from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
 from swinkernels.ops._recomputed import norm_linear, packed
 from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
-from swinkernels.window_spec import WindowSpec
 
 _KNOWN = Found()
-_TABLES = ("bias", "logit_scale", "region_map", "axis_tables")  # window attention's tables, except bias_table
+# The arguments of window attention that are tensors, or tuples of them.
+TABLES = frozenset(["bias_table", "bias", "logit_scale", "region_map", "axis_tables"])
+
+
+def tables_of(bias_table: Tensor | None, attention: dict[str, Any]) -> Tables:
+    return bias_table, attention.get("bias"), attention.get("logit_scale"), attention.get("region_map")
+
+
+class Decision(NamedTuple):
+    """What the arguments of a call decide: a value of eps, the norm's backend, and whether the kernels compute it."""
+
+    eps: float
+    norm_backend: str
+    # The arguments of the op that computes the whole half, if it does when run_on_kernels returns True.
+    call: KernelCall | None
+    fit: bool  # the result of fit_kernels, if the backend allows the kernels
+
+
+def decide(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weights: tuple[Tensor, ...],
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    bias_table: Tensor | None,
+    *,
+    num_heads: int,
+    window_size: Ints,
+    eps: float,
+    norm: str,
+    residual: bool,
+    drop_path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    backend: str,
+    attention: dict[str, Any],
+) -> Decision:
+    """Check the arguments of :func:`attention_half`, and decide how to compute it.
+
+    The result depends only on the metadata of the tensors.
+    """
+
+    def check() -> Decision:
+        op = "attention_half"
+        _arguments.check_features(op, "x", x)
+        number = check_half(
+            op, x, norm, residual, eps, drop_path_scale, norm_weight=norm_weight, norm_bias=norm_bias,
+            layer_scale=layer_scale,
+        )  # fmt: skip
+        for name, instead in (("pad_qkv", "a pad token gets qkv_bias"), ("return_attention", "call the op")):
+            if name in attention:
+                raise ValueError(f"{op}: {name} cannot be given here, got {attention[name]!r}: {instead}")
+        heads = _arguments.check_count(op, "num_heads", num_heads)
+        channels = x.shape[-1]
+        if len(weights) not in (1, 3):
+            raise ValueError(f"{op}: qkv_weight must be one tensor or a tuple of 3, got a tuple of {len(weights)}")
+        rows = None
+        for weight in weights:
+            _arguments.check_linear(op, x, "qkv", weight, None, (rows, channels))
+            rows = weight.shape[0]
+        whole = packed(weights)
+        _arguments.check_linear(op, x, "qkv", whole, qkv_bias, (None, channels))
+        if whole.shape[0] % (3 * heads) != 0:
+            raise ValueError(
+                f"{op}: qkv_weight must have 3 * num_heads * head_dim rows, a multiple of {3 * heads} for "
+                f"num_heads={heads}, got shape {tuple(whole.shape)}"
+            )
+        width = whole.shape[0] // 3
+        _arguments.check_linear(op, x, "proj", proj_weight, proj_bias, (channels, width))
+        head_dim = width // heads
+        spec = spec_of(
+            op, x, x.shape[1:-1], head_dim, num_heads=heads, window_size=window_size, bias_table=bias_table,
+            **attention,
+        )  # fmt: skip
+        between = linear_dtype(x)
+        choose(op, backend, x.device, lambda b: window_attention_reasons(b, spec, head_dim, between, x.device))
+        dtypes = (x.dtype, between) if norm == "pre" else (between, x.dtype)
+
+        def of_norm(b: str) -> list[str]:
+            return norm_reasons(b, "layer_norm", channels, dtypes, x.device)
+
+        chosen = choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
+        fit = backend in ("auto", "cpu") and chosen == "torch" and fit_kernels(x, parameters)
+        call = kernel_call(x, head_dim, tables, spec, heads, residual, norm, number) if fit else None
+        return Decision(number, chosen, call if drop_path_scale is None else None, fit)
+
+    parameters = (x, norm_weight, norm_bias, *weights, qkv_bias, proj_weight, proj_bias, drop_path_scale, layer_scale)
+    tables = tables_of(bias_table, attention)
+    tensors: tuple[Any, ...] = (*parameters, *tables)
+    axis_tables = attention.get("axis_tables")
+    if isinstance(axis_tables, (tuple, list)):
+        tensors += tuple(axis_tables)
+    rest = tuple(item for item in attention.items() if item[0] not in TABLES)
+    options = (num_heads, window_size, eps, norm, residual, backend, len(weights), type(axis_tables).__name__, rest)
+    return looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
 
 
 def attention_half(
@@ -97,60 +193,15 @@ def attention_half(
     generator = attention.pop("generator", None)
     weights: tuple[Tensor, ...] = qkv_weight if isinstance(qkv_weight, tuple) else (qkv_weight,)
 
-    def check() -> tuple[float, str, WindowSpec | None, bool]:
-        op = "attention_half"
-        _arguments.check_features(op, "x", x)
-        number = check_half(
-            op, x, norm, residual, eps, drop_path_scale, norm_weight=norm_weight, norm_bias=norm_bias,
-            layer_scale=layer_scale,
-        )  # fmt: skip
-        for name, instead in (("pad_qkv", "a pad token gets qkv_bias"), ("return_attention", "call the op")):
-            if name in attention:
-                raise ValueError(f"{op}: {name} cannot be given here, got {attention[name]!r}: {instead}")
-        heads = _arguments.check_count(op, "num_heads", num_heads)
-        channels = x.shape[-1]
-        if len(weights) not in (1, 3):
-            raise ValueError(f"{op}: qkv_weight must be one tensor or a tuple of 3, got a tuple of {len(weights)}")
-        rows = None
-        for weight in weights:
-            _arguments.check_linear(op, x, "qkv", weight, None, (rows, channels))
-            rows = weight.shape[0]
-        whole = packed(weights)
-        _arguments.check_linear(op, x, "qkv", whole, qkv_bias, (None, channels))
-        if whole.shape[0] % (3 * heads) != 0:
-            raise ValueError(
-                f"{op}: qkv_weight must have 3 * num_heads * head_dim rows, a multiple of {3 * heads} for "
-                f"num_heads={heads}, got shape {tuple(whole.shape)}"
-            )
-        width = whole.shape[0] // 3
-        _arguments.check_linear(op, x, "proj", proj_weight, proj_bias, (channels, width))
-        head_dim = width // heads
-        spec = spec_of(
-            op, x, x.shape[1:-1], head_dim, num_heads=heads, window_size=window_size, bias_table=bias_table,
-            **attention,
-        )  # fmt: skip
-        between = linear_dtype(x)
-        choose(op, backend, x.device, lambda b: window_attention_reasons(b, spec, head_dim, between, x.device))
-        dtypes = (x.dtype, between) if norm == "pre" else (between, x.dtype)
-
-        def of_norm(b: str) -> list[str]:
-            return norm_reasons(b, "layer_norm", channels, dtypes, x.device)
-
-        chosen = choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
-        fit = backend in ("auto", "cpu") and chosen == "torch" and fit_kernels(x, parameters)
-        return number, chosen, spec if _fused_attention.takes(spec) else None, fit
-
-    get = attention.get
-    parameters = (x, norm_weight, norm_bias, *weights, qkv_bias, proj_weight, proj_bias, drop_path_scale, layer_scale)
-    tables = bias_table, get("bias"), get("logit_scale"), get("region_map")
-    tensors: tuple[Any, ...] = (*parameters, *tables)
-    axis_tables = get("axis_tables")
-    if isinstance(axis_tables, (tuple, list)):
-        tensors += tuple(axis_tables)
-    dtype = linear_dtype(x)
-    rest = tuple(item for item in attention.items() if item[0] not in _TABLES)
-    options = (num_heads, window_size, eps, norm, residual, backend, len(weights), type(axis_tables).__name__, rest)
-    eps, norm_backend, spec, fit = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
+    eps, norm_backend, call, fit = decide(
+        x, norm_weight, norm_bias, weights, qkv_bias, proj_weight, proj_bias, bias_table, num_heads=num_heads,
+        window_size=window_size, eps=eps, norm=norm, residual=residual, drop_path_scale=drop_path_scale,
+        layer_scale=layer_scale, backend=backend, attention=attention,
+    )  # fmt: skip
+    dtype, tables = linear_dtype(x), tables_of(bias_table, attention)
+    tensors = (
+        x, norm_weight, norm_bias, *weights, qkv_bias, proj_weight, proj_bias, drop_path_scale, layer_scale, *tables,
+    )  # fmt: skip
     if backend == "reference":
         return reference.attention_half(
             x, norm_weight, norm_bias, packed(weights), qkv_bias, proj_weight, proj_bias, bias_table,
@@ -159,11 +210,9 @@ def attention_half(
         )  # fmt: skip
     on_kernels = fit and run_on_kernels(x, (*weights, proj_weight), tensors)
     last = scaled(proj_weight, proj_bias, layer_scale, norm)
-    if on_kernels and spec is not None and drop_path_scale is None:
-        of_norm = Norm(*norm_parameters(norm_weight, norm_bias, layer_scale, norm), eps, norm)
-        y = _fused_attention.attention_half(x, weights, qkv_bias, last, of_norm, tables, spec, num_heads, residual)
-        if y is not None:
-            return y
+    if on_kernels and call is not None:
+        of_norm = norm_parameters(norm_weight, norm_bias, layer_scale, norm)
+        return fused_attention_half(x, weights, qkv_bias, last, of_norm, tables, call)
     first, bias = cast(weights[0], qkv_bias, dtype)
     weights = first, *(weight.to(dtype) for weight in weights[1:])
     on_kernels = on_kernels and runs_alone(x, proj_weight)
