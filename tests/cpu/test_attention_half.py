@@ -145,6 +145,8 @@ def test_results(case: Case, by_layers: bool, dtype: torch.dtype) -> None:
     weight = positional[3]
     wide = [as_double(torch.cat(weight) if isinstance(t, tuple) else t) for t in positional]
     exact = reference.attention_half(*wide, **{name: as_double(value) for name, value in options.items()})
+    if dtype == torch.float32:
+        assert torch.equal(y, run(positional, options, by_layers=not by_layers))
     if y.numel() >= 500:
         assert_within_budget(y, exact, lambda: run(positional, options, kernels=False))
     else:  # too few results to compare mean errors

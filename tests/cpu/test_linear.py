@@ -21,7 +21,7 @@ OPS = torch.ops.swinkernels
 GELUS = ["", "none", "tanh"]
 DTYPES = [torch.float32, torch.bfloat16]
 # A vector has up to 16 lanes, a panel up to 64 rows, a block up to 128, and a tail up to 4; a slice of the weight is 48
-# by 256 channels (in bfloat16 up to 512), and an MLP computes 192 hidden channels at a time (in bfloat16 384).
+# by 256 channels (in bfloat16 up to 512), and an MLP computes 256 hidden channels at a time (in bfloat16 512).
 ROWS = [1, 7, 16, 33, 34, 64, 128, 129, 131, 300]
 IN = [1, 8, 31, 256, 257, 600]
 OUT = [1, 8, 47, 48, 100, 193]
@@ -285,8 +285,20 @@ def test_results_do_not_depend_on_threads_or_other_rows(dtype):
         assert all(torch.equal(one, other[rows]) for one, other in zip(run(rows), results[0], strict=True))
 
 
+@dtypes
+def test_both_ways_of_an_mlp_give_the_same_bits(dtype):
+    """So the number of threads changes nothing. In bfloat16 this excludes a norm of the result."""
+    for rows, of, hidden in itertools.product((5, 130, 700), pairs([31, 600], dtype), pairs([5, 257, 1300], dtype)):
+        (w1, b1), (w2, b2) = layer(of, hidden, 1, dtype), layer(hidden, of, 5, dtype)
+        x = draw(rows, of, dtype=dtype)
+        for place in ("", "pre", "post") if dtype == torch.float32 else ("", "pre"):
+            norm = norm_of(of, place, dtype=dtype) if place else NO_NORM
+            one, other = (mlp(x, w1, b1, w2, b2, x, "none", norm) for mlp in MLPS)
+            assert torch.equal(one, other)
+
+
 def test_which_mlps_are_by_layers():
-    """Those of few rows or many channels. In bfloat16, a rounded hidden layer shows which way was taken."""
+    """Those of few rows or many channels. In bfloat16 they round a result before its norm, which shows the way."""
     before = torch.get_num_threads()
     try:
         for rows, threads, channels, expected in (
@@ -294,7 +306,8 @@ def test_which_mlps_are_by_layers():
         ):  # fmt: skip
             torch.set_num_threads(threads)
             (w1, b1), (w2, b2) = (layer(*shape, 1, torch.bfloat16) for shape in ((channels, 400), (400, channels)))
-            given = (draw(rows, channels, dtype=torch.bfloat16), w1, b1, w2, b2, None, "none")
+            norm = norm_of(channels, "post", dtype=torch.bfloat16)
+            given = (draw(rows, channels, dtype=torch.bfloat16), w1, b1, w2, b2, None, "none", norm)
             ways = [mlp(*given) for mlp in MLPS]
             assert not torch.equal(*ways)
             assert torch.equal(fused_mlp(*given, by_layers=None), ways[expected])
@@ -369,6 +382,7 @@ for dtype in tests.DTYPES:
             tests.test_linear(rows, gelu, dtype)
             tests.test_mlp(rows, gelu, dtype)
         tests.test_special_values(gelu, dtype)
+    tests.test_both_ways_of_an_mlp_give_the_same_bits(dtype)
     tests.test_large(dtype)
     tests.test_strides_and_leading_axes(dtype)
 for gelu in tests.GELUS[1:]:

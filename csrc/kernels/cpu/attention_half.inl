@@ -116,17 +116,31 @@ void add_bias(const Layer& layer, int64_t first, int64_t count, float factor, in
   }
 }
 
+// Returns the sum of the squares of a column's channels, for a vector of columns. The order of the additions is that of
+// row_products.
+Vec column_squares(int64_t count, const float* panel, int64_t stride) {
+  Vec sums[kLanes] = {};
+  for (int64_t c = 0; c < count; c += kLanes) {
+    for (int64_t i = 0; i < smaller(kLanes, count - c); ++i) {
+      const Vec x = load(panel + (c + i) * stride);
+      sums[i] += x * x;
+    }
+  }
+  for (int step = 1; step < kLanes; step *= 2) {
+    for (int i = 0; i < kLanes; i += 2 * step) sums[i] += sums[i + step];
+  }
+  return sums[0];
+}
+
 // Divides the columns of a panel (count, stride) by their norms, as normalise_rows does, and multiplies them by `factor`.
 // The result consists of units, as in add_bias.
 void normalise_columns(int64_t count, float factor, int64_t width, int64_t stride, float* panel) {
   for (int64_t v = 0; v < width; v += kLanes) {
-    Vec sum = {};
-    for (int64_t c = 0; c < count; ++c) sum += load(panel + c * stride + v) * load(panel + c * stride + v);
-    const Vec inverse = 1.0f / sqrt(sum);
-    const Vec scale = (inverse > kMaxInverseNorm ? splat(kMaxInverseNorm) : inverse) * factor;  // NaN stays NaN
+    const Vec inverse = 1.0f / sqrt(column_squares(count, panel + v, stride));
+    const Vec scale = inverse > kMaxInverseNorm ? splat(kMaxInverseNorm) : inverse;  // NaN stays NaN
     for (int64_t c = 0; c < count; c += kNumbers) {
       Vec x[kNumbers];
-      for (int n = 0; n < kNumbers; ++n) x[n] = load(panel + (c + n) * stride + v) * scale;
+      for (int n = 0; n < kNumbers; ++n) x[n] = load(panel + (c + n) * stride + v) * scale * factor;
       store(panel + c / kNumbers * stride + v, Units::join(x));
     }
   }

@@ -25,7 +25,7 @@ constexpr int64_t kPanelRows = kTileVectors * kLanes;
 constexpr int64_t kMaxTail = kLanes / 4;
 constexpr int64_t kMaxBlockRows = 128;
 constexpr int64_t kMaxBlockFloats = 512 << 10;  // of x, for a Linear layer with many input channels
-constexpr int64_t kHidden = 192 * kNumbers;
+constexpr int64_t kHidden = 256 * kNumbers;
 // An MLP's block has this many floats of x, of its result and of kHidden hidden channels, so that they stay in L2.
 constexpr int64_t kMlpBlockFloats = 96 << 10;
 // A call has about this many tasks if it is large enough, for any number of threads.
@@ -398,9 +398,14 @@ void mlp_as(const MlpParams<Element>& p, int64_t* next, void* memory) {
       const int64_t depth = smaller(kHidden, p.fc1.out_features - h);
       multiply_all(p.fc1, h, depth, block, s.x, s.hidden);
       activate_all<kActivation, Units>(p.fc1, h, depth, block, s.hidden);
+      const int64_t units = depth / kNumbers;
       for (int64_t c = 0; c < out; c += kColumns) {
-        multiply(p.fc2, c, smaller(kColumns, out - c), h / kNumbers, depth / kNumbers, block, s.hidden, 0, s.y, c,
-                 h > 0);
+        int64_t u = 0;
+        do {  // once if there are no hidden channels
+          multiply(p.fc2, c, smaller(kColumns, out - c), h / kNumbers + u, smaller(kDepth, units - u), block, s.hidden,
+                   u, s.y, c, h > 0 || u > 0);
+          u += kDepth;
+        } while (u < units);
       }
       h += kHidden;
     } while (h < p.fc1.out_features);
