@@ -346,7 +346,9 @@ def test_compile_fullgraph_of_a_training_step(library):
     fast = model if library == "swinkernels" else accelerated(model)
     exact = run(model, x)
     got = run(torch.compile(fast, fullgraph=True, backend="aot_eager"), x)
-    assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, exact, exact)
+    # Sums in the gradients of Swin2SR's position bias cancel: rounding the inputs changes them by 2,000 eps.
+    moved = shaken(model, x, torch.float64) if library == "transformers-swin2sr" else None
+    assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, exact, exact, moved)
 
 
 @libraries
