@@ -93,6 +93,36 @@ FAULTS = {
         "smaller(r, rows - 1)",
         _LINEAR_TESTS + "test_linear",
     ),
+    "cpu-mlp-slices-of-other-depths": Fault(
+        _LINEAR,
+        "kHidden = 256 * kNumbers;",
+        "kHidden = 192 * kNumbers;",
+        _LINEAR_TESTS + "test_both_ways_of_an_mlp_give_the_same_bits",
+    ),
+    "cpu-patches-beyond-the-map": Fault(
+        _LINEAR,
+        "if (is_padded) {",
+        "if (false) {",
+        "tests/cpu/test_patches.py::test_special_values",
+    ),
+    "cpu-patches-of-the-first-image": Fault(
+        _LINEAR,
+        "starts[r] = x + image * p.image_stride;",
+        "starts[r] = x;",
+        "tests/cpu/test_patches.py::test_against_float64",
+    ),
+    "cpu-patches-skip-the-first-row-of-a-plane": Fault(
+        _LINEAR,
+        "if (++at[2] < grid[2]) continue;\n      at[2] = 0;",
+        "if (++at[2] < grid[2]) continue;\n      at[2] = 1;",
+        "tests/cpu/test_patches.py::test_rows_are_those_of_a_linear_layer",
+    ),
+    "cpu-position-bias-of-the-first-panel": Fault(
+        "csrc/kernels/cpu/position_bias.inl",
+        "p.table[(first + v + r) * heads + c]",
+        "p.table[(v + r) * heads + c]",
+        "tests/cpu/test_position_bias.py::test_against_float64",
+    ),
     "cpu-linear-first-slice-of-the-depth": Fault(
         _LINEAR,
         "y, c, u > 0);",
