@@ -84,6 +84,9 @@ class Adapter:
     run: Callable[[Any, Tensor], Tensor] = _forward
     # Returns the reason why accelerate(recompute=True) has no effect on training steps of this module, or None.
     why_not_recompute: Callable[[Any], str | None] = _never_recomputes
+    # Returns False for modules of the class that ``accelerate`` does not even report, because the adapter is meant for
+    # other uses of the class.
+    concerns: Callable[[Any], bool] = lambda module: True
     # True if ``accelerate`` also looks for adapters for the module's submodules, such as a stage's blocks.
     looks_inside: bool = False
 

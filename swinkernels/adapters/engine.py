@@ -163,6 +163,13 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
     takes precedence.
     """
     by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
+
+    def adapter_of(module: nn.Module) -> tuple[Adapter | None, bool]:
+        """Return the adapter of the module's class and True, or of its base class and False."""
+        exact = by_class.get(type(module))
+        found = exact or next((adapter for adapter in adapters if isinstance(module, adapter.original)), None)
+        return (found, exact is not None) if found is not None and found.concerns(module) else (None, False)
+
     seen: set[nn.Module] = set()
 
     def walk(path: str, module: nn.Module, reported: bool = False) -> Iterator[Candidate]:
@@ -182,12 +189,11 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
             elif any(block.resembles(m) and not any(_resembles(m, a) for a in adapters) for m in inside):
                 yield path, module, None, closed
             return
-        adapter = by_class.get(type(module))
-        of_subclass = next((adapter for adapter in adapters if isinstance(module, adapter.original)), None)
-        if adapter is not None:
+        adapter, is_exact = adapter_of(module)
+        if is_exact:
             yield path, module, adapter, None
-        elif of_subclass is not None:
-            adapter, name = of_subclass, type(module).__name__
+        elif adapter is not None:
+            name = type(module).__name__
             why = "derived from an accelerated class" if derived_since(module) else "which may compute something else"
             yield path, module, adapter, f"{name} is a subclass, {why}"
         elif derived_since(module):
@@ -213,10 +219,12 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
 
 def _resembles(module: nn.Module, adapter: Adapter) -> bool:
     original = adapter.original
+    if isinstance(module, original):
+        return adapter.concerns(module)
     if isinstance(module, torch.jit.ScriptModule):  # its class differs, but it records the original class's name
         name = str(module._c._type().qualified_name())
         return module.original_name == original.__name__ and f".{original.__module__}." in name
-    return isinstance(module, original)
+    return False
 
 
 def _closed(module: nn.Module) -> str | None:

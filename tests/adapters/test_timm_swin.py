@@ -123,7 +123,7 @@ def test_swin_tiny_at_224():
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         plain = model(x)
-        assert len(swinkernels.accelerate(model).replaced) == 12 + 3
+        assert len(swinkernels.accelerate(model).replaced) == 1 + 12 + 3
         fast = model(x)
         swinkernels.restore(model)
         assert torch.equal(model(x), plain)
@@ -450,7 +450,7 @@ def test_other_layers_than_linear_run_timms_code(layer):
     x = make_image(model)
     got = run(model, x)
     report = swinkernels.accelerate(model)
-    assert len(report.replaced) == 3 + 1
+    assert len(report.replaced) == 1 + 3 + 1
     assert [(e.path, e.reason) for e in report.skipped] == [
         ("layers.0.blocks.1", f"attn.{layer} is a LowRank, not an nn.Linear")
     ]
@@ -463,7 +463,7 @@ def test_other_layers_than_linear_run_timms_code(layer):
 def test_dynamically_quantised_layers_are_left_alone():
     model = torch.ao.quantization.quantize_dynamic(make_model(), {nn.Linear}, dtype=torch.qint8)
     report = swinkernels.accelerate(model)
-    assert not report.replaced
+    assert [entry.module_class for entry in report.replaced] == ["PatchEmbed"]
     assert len(report.skipped) == 4 + 1
     assert all("not an nn.Linear" in entry.reason for entry in report.skipped)
 
@@ -507,7 +507,7 @@ def test_an_attention_mask_of_the_users_own(when, how):
         m.set_input_size(img_size=(44, 44))
     x = make_image(model)
     torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-12)
-    assert len(swinkernels.accelerate(fast).replaced) == 4 + 1
+    assert len(swinkernels.accelerate(fast).replaced) == 1 + 4 + 1
 
 
 def test_a_map_of_another_size_takes_timms_mask(monkeypatch):
@@ -537,7 +537,7 @@ def test_a_replaced_attention_method_or_module_is_left_alone():
     blocks[2].attn = nn.MultiheadAttention(32, 4)
     blocks[3].attn.softmax = nn.LogSoftmax(dim=-1)
     report = swinkernels.accelerate(model)
-    assert [entry.module_class for entry in report.replaced] == ["PatchMerging"]
+    assert [entry.module_class for entry in report.replaced] == ["PatchEmbed", "PatchMerging"]
     for entry, word in zip(report.skipped, ("_attn", "forward", "MultiheadAttention", "LogSoftmax"), strict=True):
         assert word in entry.reason
 
@@ -551,7 +551,7 @@ def test_subclasses_and_compiled_modules_are_left_alone():
     model.layers[0].blocks[0].__class__ = Subclass
     model.layers[1] = torch.compile(model.layers[1], backend="eager")
     report = swinkernels.accelerate(model)
-    assert [entry.path for entry in report.replaced] == ["layers.0.blocks.1"]
+    assert [entry.path for entry in report.replaced] == ["patch_embed", "layers.0.blocks.1"]
     assert [(entry.path, entry.module_class) for entry in report.skipped] == [
         ("layers.0.blocks.0", "Subclass"),
         ("layers.1", "OptimizedModule"),
@@ -579,7 +579,7 @@ def test_verify_passes_and_leaves_no_trace(dtype):
     grads = [p.grad.clone() for p in model.parameters()]
     before = state(model)
     report = swinkernels.accelerate(model, verify=True)
-    assert len(report.replaced) == 4 + 1
+    assert len(report.replaced) == 1 + 4 + 1
     assert model.layers[0].blocks[0].training
     assert all(torch.equal(a, b) for a, b in zip(state(model), before, strict=True))
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
@@ -627,7 +627,7 @@ def test_a_gradient_that_is_zero_is_judged_by_the_size_of_others(error, passes):
 
 def test_verify_on_meta_says_that_there_are_no_values():
     model = make_model().to("meta")
-    assert len(swinkernels.accelerate(model).replaced) == 4 + 1
+    assert len(swinkernels.accelerate(model).replaced) == 1 + 4 + 1
     with pytest.raises(ValueError, match="meta"):
         swinkernels.accelerate(model, verify=True)
 
@@ -636,7 +636,7 @@ def test_the_default_device_of_the_process_does_not_matter():
     """The default device has no effect on ``accelerate``, even if it is "meta", where tensors hold no values."""
     model = make_model()
     with torch.device("meta"):
-        assert len(swinkernels.accelerate(model, verify=True).replaced) == 4 + 1
+        assert len(swinkernels.accelerate(model, verify=True).replaced) == 1 + 4 + 1
 
 
 def test_report_lists_and_prints():
@@ -644,20 +644,22 @@ def test_report_lists_and_prints():
     model.layers[1].blocks[0].attn.qkv = LowRank(model.layers[1].blocks[0].attn.qkv)
     report = swinkernels.accelerate(model)
     assert [(e.path, e.module_class, e.adapter, e.backend) for e in report.replaced] == [
+        ("patch_embed", "PatchEmbed", "timm", "timm"),
         ("layers.0.blocks.0", "SwinTransformerBlock", "timm", "torch"),
         ("layers.0.blocks.1", "SwinTransformerBlock", "timm", "torch"),
         ("layers.1.downsample", "PatchMerging", "timm", "torch"),
         ("layers.1.blocks.1", "SwinTransformerBlock", "timm", "torch"),
     ]
-    attention, residual = report.replaced[0].remarks
+    attention, residual = report.replaced[1].remarks
     assert attention.startswith("Attention: torch. Not cpu: ")
     assert "float64" in attention
     assert residual.startswith("Residual and norm: torch. Not cpu: it does not implement residual_layer_norm")
-    (merging,) = report.replaced[2].remarks
+    (merging,) = report.replaced[3].remarks
     assert merging.startswith("Patch merging: torch. Not cpu: it does not implement patch_merging")
     text = str(report)
-    assert text.startswith("swinkernels: 4 replaced, 1 left as they were")
-    rows = [line for line in text.splitlines() if line.startswith("layers.")][: len(report.replaced)]
+    assert text.startswith("swinkernels: 5 replaced, 1 left as they were")
+    rows = [line for line in text.splitlines() if line.startswith(("patch_", "layers."))]
+    rows = rows[: len(report.replaced)]
     assert len({line.index("timm") for line in rows}) == 1, "columns are aligned"
     assert "attn.qkv is a LowRank" in text
     assert "[1] " in text
@@ -666,7 +668,7 @@ def test_report_lists_and_prints():
 def test_report_says_what_auto_takes_for_the_dtype():
     from swinkernels.ops._backends import NOT_INSTALLED
 
-    entry = swinkernels.accelerate(make_model(attn_drop_rate=0.1)).replaced[0]
+    entry = swinkernels.accelerate(make_model(attn_drop_rate=0.1)).replaced[1]
     if NOT_INSTALLED["cpu"] is None:
         assert entry.backend == "cpu"
         assert "Attention in training: torch. Not cpu: it does not implement dropout_p" in entry.remarks
@@ -678,8 +680,8 @@ def test_report_says_what_auto_takes_for_the_dtype():
 def test_a_backend_that_cannot_run_is_told_in_the_report_and_refused_at_the_call():
     model = make_model()
     report = swinkernels.accelerate(model, backend="cuda")
-    assert report.replaced[0].backend == "cuda"
-    assert "cuda cannot run it" in report.replaced[0].remarks[0]
+    assert report.replaced[1].backend == "cuda"
+    assert "cuda cannot run it" in report.replaced[1].remarks[0]
     with pytest.raises(NotImplementedError, match="backend='cuda' cannot run this call"):
         model(make_image(model))
 

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer_v2 import PatchMerging as PatchMergingV2
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
@@ -20,7 +21,7 @@ __all__ = ["CONFIGURATIONS", "assert_as_good", "check_parity", "make_image", "ma
 
 REPLACED = (
     *(SwinTransformerBlock, SwinTransformerV2Block, SwinTransformerV2CrBlock),
-    *(PatchMerging, PatchMergingV2, PatchMergingV2Cr),
+    *(PatchMerging, PatchMergingV2, PatchMergingV2Cr, PatchEmbed),
 )
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
