@@ -103,7 +103,7 @@ void run(const LinearCall& call) {
   std::vector<float> y(residual.size());
   if (hidden == 0) {
     const cpu::LinearLayer<float> layer{first.data(), bias.data(), in, out, in};
-    const cpu::LinearParams<float> p{x.data(), residual.data(), y.data(), rows, in, {}, layer, activation};
+    const cpu::LinearParams<float> p{x.data(), residual.data(), y.data(), rows, in, {}, {}, layer, activation};
     return measure([&] { cpu::linear_forward(p, one_thread); });
   }
   const cpu::LinearLayer<float> fc1{first.data(), bias.data(), in, hidden, in},

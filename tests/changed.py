@@ -27,6 +27,8 @@ FOLDERS = {
     "benchmarks": "benchmarks",
     "csrc/bindings": "cpu",
     "csrc/kernels/cpu": "cpu",
+    "csrc/kernels/cpu/position_bias.cpp": "ops/test_position_bias",
+    "csrc/kernels/cpu/position_bias.inl": "ops/test_position_bias",
     "csrc/kernels/common": "cuda",
     "csrc/kernels/cuda": "cuda",
     "docs": "repo/test_docs",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.bypass import child, class_of, weight_and_bias, why_not_absorbed
-from swinkernels.adapters.checks import kept, metadata, settled
+from swinkernels.adapters.checks import keeps_results, kept, metadata, settled
 from swinkernels.adapters.linear_layers import (
     Layers,
     Mlp,
@@ -179,7 +179,9 @@ class Halves:
         norm, (fc1, fc2, gelu) = child(block, self.residual.norm), layers.strong()
         of_norm, of_layers = weight_and_bias(norm), (weight_and_bias(fc1), weight_and_bias(fc2))
         backend = backend_beside("residual_layer_norm", block._swinkernels_backend)
-        if kept(block, (self, *metadata(s)), lambda: _is_one_op(s, of_norm, *of_layers, backend)):
+        if keeps_results(block) and kept(
+            block, (self, *metadata(s)), lambda: _is_one_op(s, of_norm, *of_layers, backend)
+        ):
             norm_of_op = Norm(*of_norm, norm.eps, self.norm)
             return mlp(s, *of_layers, gelu=gelu, residual=s, norm=norm_of_op, on_kernels=True)
         return self._mlp_half(block, s, layers.strong())
@@ -267,7 +269,7 @@ def attention_branch(
     weights = tuple(weight_and_bias(layer)[0] for layer in qkv)
     of_norm, of_proj, bias = weight_and_bias(norm), weight_and_bias(proj), arguments.pop("pad_qkv")
     tables = tables_of(arguments.get("bias_table"), arguments)
-    if not torch.is_grad_enabled() and joins(x):
+    if keeps_results(block) and not torch.is_grad_enabled() and joins(x):
 
         def call() -> KernelCall | None:
             rest = dict(arguments)

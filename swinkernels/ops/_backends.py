@@ -31,6 +31,7 @@ IMPLEMENTED = {
     "window_attention": ("cuda", "triton", "cpu"),
     "window_partition": ("cuda", "triton"),
     "patch_merging": ("cuda", "triton"),
+    "patch_embed": (),
     "layer_norm": ("cuda",),
     "residual_layer_norm": ("cuda",),
     "mlp_half": ("triton",),  # the whole half as one kernel; other backends compose it from the ops above
@@ -235,6 +236,11 @@ def patch_merging_reasons(
     # With backend "triton", torch computes the norm after the reduction.
     of_norm = [] if backend == "triton" else norm_reasons(backend, "layer_norm", row, dtypes, device)
     return list(dict.fromkeys(window_partition_reasons(backend, device) + of_norm))
+
+
+def patch_embed_reasons(backend: str, device: torch.device) -> list[str]:
+    """List the reasons why a backend cannot embed patches. Only plain PyTorch has this op."""
+    return [] if backend in PLAIN else _reasons(backend, "patch_embed", device)
 
 
 def mlp_half_reasons(

@@ -140,7 +140,7 @@ def test_each_half_is_one_op(family, dtype, monkeypatch):
     assert (got - exact).norm() <= (1e-5 if dtype == torch.float32 else 4e-2) * exact.norm()
     if dtype == torch.float32:
         torch.compiler.reset()
-        compiled = torch.compile(fast, backend="eager")
+        compiled = torch.compile(fast, backend="eager", fullgraph=not family.startswith("copy"))
         compiled(x)
         with fused_calls() as called_compiled:
             torch.testing.assert_close(compiled(x), got, rtol=1e-4, atol=1e-5)

@@ -644,7 +644,7 @@ def test_report_lists_and_prints():
     model.layers[1].blocks[0].attn.qkv = LowRank(model.layers[1].blocks[0].attn.qkv)
     report = swinkernels.accelerate(model)
     assert [(e.path, e.module_class, e.adapter, e.backend) for e in report.replaced] == [
-        ("patch_embed", "PatchEmbed", "timm", "timm"),
+        ("patch_embed", "PatchEmbed", "timm", "torch"),
         ("layers.0.blocks.0", "SwinTransformerBlock", "timm", "torch"),
         ("layers.0.blocks.1", "SwinTransformerBlock", "timm", "torch"),
         ("layers.1.downsample", "PatchMerging", "timm", "torch"),

@@ -174,7 +174,7 @@ FAULTS = {
         _ADAPTERS + "microsoft_attention.py",
         "if joins(offsets) and settled(module, _is_one_op, *path):",
         "if joins(offsets):",
-        "tests/cpu/test_position_bias.py::test_libraries",
+        "tests/ops/test_position_bias.py::test_libraries",
     ),
     "adapters-kept-layers-stay-alive": Fault(
         _ADAPTERS + "linear_layers.py",

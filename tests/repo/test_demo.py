@@ -56,7 +56,7 @@ def test_times_and_memory_of_both_models_and_both_steps(folder):
     training, inference = (results["peak_memory_bytes"][mode]["timm"] for mode in (measure.TRAINING, measure.INFERENCE))
     assert training > 4 * 28e6  # at least the float32 gradients of Swin-T's 28 million parameters
     assert inference < training / 4
-    assert len(results["backends"]) == 12 + 3
+    assert len(results["backends"]) == 1 + 12 + 3
 
 
 def test_pictures(folder):
@@ -72,7 +72,7 @@ def test_pictures(folder):
 def test_what_is_printed(folder):
     text = (folder / "stdout.txt").read_text()
     for expected in (
-        "15 replaced",
+        "16 replaced",
         "layers.3.blocks.1",
         "within twice timm's own error",
         "speed-up",
@@ -84,7 +84,7 @@ def test_what_is_printed(folder):
 def test_conclusion(folder):
     """The demo ends with a summary of the measurements, the backend of each module class, file paths and duration."""
     results = json.loads((folder / "results.json").read_text())
-    *_, sentence, blocks, merging, files, seconds = (folder / "stdout.txt").read_text().splitlines()
+    *_, sentence, embedding, blocks, merging, files, seconds = (folder / "stdout.txt").read_text().splitlines()
     difference = results["agreement"]["largest_logit_difference"]
     assert sentence.startswith(f"swinkernels against timm: same logits to {difference:.1g}; ")
     for mode, by_model in results["median_ms"].items():
@@ -92,6 +92,7 @@ def test_conclusion(folder):
         assert f"{max(ratio, 1 / ratio):.2f}x {'faster' if ratio >= 1 else 'slower'} in {mode.split()[0]}" in sentence
     (backend,) = {b for path, b in results["backends"].items() if "blocks" in path}
     assert blocks == f"12 SwinTransformerBlock: backend {backend}; Residual and norm: torch"
+    assert embedding == "1 PatchEmbed: backend torch"
     assert merging == "3 PatchMerging: backend torch"
     stages, times, figures = (folder / name for name in ("stages.png", "times.png", "results.json"))
     assert files == f"pictures: {stages}, {times}; every figure: {figures}"

@@ -120,13 +120,22 @@ void add_bias(const Layer& layer, int64_t first, int64_t count, float factor, in
 // row_products.
 Vec column_squares(int64_t count, const float* panel, int64_t stride) {
   Vec sums[kLanes] = {};
-  for (int64_t c = 0; c < count; c += kLanes) {
-    for (int64_t i = 0; i < smaller(kLanes, count - c); ++i) {
-      const Vec x = load(panel + (c + i) * stride);
-      sums[i] += x * x;
-    }
+  const auto add = [&](int64_t c, int i) __attribute__((always_inline)) {
+    const Vec x = load(panel + (c + i) * stride);
+    sums[i] += x * x;
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) add(c, i);
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (c + i < count) add(c, i);
+  }
+#pragma GCC unroll 4
   for (int step = 1; step < kLanes; step *= 2) {
+#pragma GCC unroll 8
     for (int i = 0; i < kLanes; i += 2 * step) sums[i] += sums[i + step];
   }
   return sums[0];

@@ -25,6 +25,8 @@ from swinkernels.adapters.bypass import (
     why_not_norm,
 )
 from swinkernels.adapters.checks import settled
+from swinkernels.adapters.part import Part
+from swinkernels.ops._backends import backend_beside, choose, patch_embed_reasons
 from swinkernels.ops._fused_linear import Norm, joins
 from swinkernels.ops._fused_patches import patch_linear
 
@@ -65,14 +67,25 @@ class AcceleratedPatchEmbed(Accelerated, PatchEmbed):
     """timm's patch embedding, computed by one op in inference on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._swinkernels_own_code(x) or x.dim() != 4 or not joins(x):
-            return super().forward(x)
-        if settled(self, _why_own_code, *x.shape[1:]) is not None:
-            return super().forward(x)
-        (weight, bias), norm = weight_and_bias(child(self, "proj")), child(self, "norm")
-        of_norm = Norm(*weight_and_bias(norm), norm.eps, "post") if class_of(norm) is nn.LayerNorm else None
-        out = patch_linear(x, weight.flatten(1), bias, of_norm, self.patch_size)
+        out = None if self._swinkernels_own_code(x) else _embedded(self, x)
         return super().forward(x) if out is None else out
+
+
+def _embedded(embed: AcceleratedPatchEmbed, x: Tensor) -> Tensor | None:
+    """Return the tokens of the image x, computed by the op, or None if timm's code has to run."""
+    if x.dim() != 4 or settled(embed, _why_own_code, *x.shape[1:]) is not None:
+        return None
+    requested = backend_beside("patch_embed", embed._swinkernels_backend)
+    backend = choose("patch_embed", requested, x.device, lambda b: patch_embed_reasons(b, x.device))
+    if backend != "torch" or not joins(x):
+        return None
+    (weight, bias), norm = weight_and_bias(child(embed, "proj")), child(embed, "norm")
+    of_norm = Norm(*weight_and_bias(norm), norm.eps, "post") if class_of(norm) is nn.LayerNorm else None
+    return patch_linear(x, weight.flatten(1), bias, of_norm, embed.patch_size)
+
+
+def _reasons(embed: Any, backend: str, training: bool) -> list[str]:
+    return patch_embed_reasons(backend, first_weight(embed).device)
 
 
 def _run(embed: Any, image: Tensor) -> Tensor:
@@ -86,7 +99,7 @@ ADAPTERS = (
         accelerated=AcceleratedPatchEmbed,
         reason_to_skip=_why_not,
         concerns=_returns_map,
-        parts=(),
+        parts=(Part("patch embedding", "patch_embed", _why_not, _reasons),),
         input_shape=lambda embed: (*(embed.img_size or (2 * p for p in embed.patch_size)), embed.proj.in_channels),
         weight=first_weight,
         run=_run,

@@ -196,7 +196,7 @@ def test_instruction_set(name):
     if name == torch.ops.swinkernels.cpu_instruction_set():
         pytest.skip("the other tests use these kernels")
     code = """
-from tests.cpu import test_patches as tests
+from tests.ops import test_fused_patches as tests
 for dtype in tests.DTYPES:
     for case in tests.CASES:
         tests.test_against_float64(case, dtype)
