@@ -202,19 +202,21 @@ def keeps_results(module: Any) -> bool:
     return _results(module) is not None
 
 
-def kept(module: Any, key: Any, make: Callable[[], Result]) -> Result | None:
-    """Return make(), or the result of an earlier call with the same key if nothing has changed since then.
+def kept(module: Any, key: Callable[[], Any], make: Callable[[], Result | None]) -> Result | None:
+    """Return make(), or the result of an earlier call with the same key() if nothing has changed since then.
 
-    Return None if results must not be kept. The rules of :func:`settled` apply; the result may also depend on the key.
+    Return None, without a call of make, if results must not be kept or if key() is None. The rules of :func:`settled`
+    apply, but the result may also depend on the key. None is not kept.
     """
     results = _results(module)
-    if results is None:
+    found = None if results is None else key()
+    if results is None or found is None:
         return None
-    result = results.get(key)
+    result = results.get(found)
     if result is None:
         result = make()
         if result is not None:
-            _keep(results, key, result)
+            _keep(results, found, result)
     return result
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.bypass import child, class_of, weight_and_bias, why_not_absorbed
-from swinkernels.adapters.checks import keeps_results, kept, metadata, settled
+from swinkernels.adapters.checks import kept, metadata, settled
 from swinkernels.adapters.linear_layers import (
     Layers,
     Mlp,
@@ -179,9 +179,7 @@ class Halves:
         norm, (fc1, fc2, gelu) = child(block, self.residual.norm), layers.strong()
         of_norm, of_layers = weight_and_bias(norm), (weight_and_bias(fc1), weight_and_bias(fc2))
         backend = backend_beside("residual_layer_norm", block._swinkernels_backend)
-        if keeps_results(block) and kept(
-            block, (self, *metadata(s)), lambda: _is_one_op(s, of_norm, *of_layers, backend)
-        ):
+        if kept(block, lambda: (self, *metadata(s)), lambda: _is_one_op(s, of_norm, *of_layers, backend)):
             norm_of_op = Norm(*of_norm, norm.eps, self.norm)
             return mlp(s, *of_layers, gelu=gelu, residual=s, norm=norm_of_op, on_kernels=True)
         return self._mlp_half(block, s, layers.strong())
@@ -269,23 +267,27 @@ def attention_branch(
     weights = tuple(weight_and_bias(layer)[0] for layer in qkv)
     of_norm, of_proj, bias = weight_and_bias(norm), weight_and_bias(proj), arguments.pop("pad_qkv")
     tables = tables_of(arguments.get("bias_table"), arguments)
-    if keeps_results(block) and not torch.is_grad_enabled() and joins(x):
 
-        def call() -> KernelCall | None:
-            rest = dict(arguments)
-            found = decide(
-                x, *of_norm, weights, bias, *of_proj, rest.pop("bias_table", None), num_heads=rest.pop("num_heads"),
-                window_size=rest.pop("window_size"), eps=norm.eps, norm=place, residual=residual, drop_path_scale=None,
-                layer_scale=None, backend=backend, attention=rest,
-            )  # fmt: skip
-            fits = found.fit and run_on_kernels(x, (*weights, of_proj[0]), (x, *of_norm, *weights, bias, *of_proj))
-            return found.call if fits else None
-
+    def key() -> Any:
+        if torch.is_grad_enabled() or not joins(x):
+            return None
         rest = tuple(item for item in arguments.items() if item[0] not in TABLES)
-        key = call_key((x, *tables), (place, residual, backend, rest))
-        found = None if key is None else kept(block, (layers, key), call)
-        if found is not None:
-            return fused_attention_half(x, weights, bias, of_proj, of_norm, tables, found)
+        of_call = call_key((x, *tables), (place, residual, backend, rest))
+        return None if of_call is None else (layers, of_call)
+
+    def call() -> KernelCall | None:
+        rest = dict(arguments)
+        found = decide(
+            x, *of_norm, weights, bias, *of_proj, rest.pop("bias_table", None), num_heads=rest.pop("num_heads"),
+            window_size=rest.pop("window_size"), eps=norm.eps, norm=place, residual=residual, drop_path_scale=None,
+            layer_scale=None, backend=backend, attention=rest,
+        )  # fmt: skip
+        fits = found.fit and run_on_kernels(x, (*weights, of_proj[0]), (x, *of_norm, *weights, bias, *of_proj))
+        return found.call if fits else None
+
+    found = kept(block, key, call)
+    if found is not None:
+        return fused_attention_half(x, weights, bias, of_proj, of_norm, tables, found)
     return attention_half(
         x, *of_norm, weights[0] if len(weights) == 1 else weights, bias, *of_proj, eps=norm.eps, norm=place,
         residual=residual, backend=backend, **arguments,

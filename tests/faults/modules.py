@@ -166,7 +166,7 @@ FAULTS = {
     ),
     "adapters-kept-values-of-another-key": Fault(
         _ADAPTERS + "checks.py",
-        "result = results.get(key)",
+        "result = results.get(found)",
         "result = next(iter(results.values()), None)",
         "tests/adapters/test_checks.py::test_values_are_kept_by_key",
     ),
