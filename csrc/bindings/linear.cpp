@@ -99,8 +99,9 @@ Tensor fused_patch_linear(Tensor x, Tensor weight, OptionalTensor bias, Optional
                           OptionalTensor norm_bias, Ints factor, Ints neighbours, bool channels_first, std::string norm,
                           double eps) {
   check_norm(norm);
-  const int64_t dim = x.dim(), channels = x.size(channels_first ? 1 : dim - 1);
+  const int64_t dim = x.dim();
   STD_TORCH_CHECK(dim == 4 || dim == 5, "swinkernels: a map of patches must have 4 or 5 axes");
+  const int64_t channels = x.size(channels_first ? 1 : dim - 1);
   STD_TORCH_CHECK(factor.size() == 3 && factor[0] > 0 && factor[1] > 0 && factor[2] > 0 && (dim == 5 || factor[0] == 1),
                   "swinkernels: factor must be three positive numbers, of which the first is 1 for a 2D map");
   const Ints size = map_sizes(x, channels_first);

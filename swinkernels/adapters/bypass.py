@@ -124,8 +124,8 @@ def call_is_patched(kind: Any, published: Any) -> bool:
     return call is not published and not all(_is_code_of("torch", code) for code in (call, inspect.unwrap(call)))
 
 
-watch(nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ReLU, nn.Sequential, nn.Softmax)
-watch(nn.Unfold)
+watch(nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear)
+watch(nn.ReLU, nn.Sequential, nn.Softmax, nn.Unfold)
 
 
 def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:

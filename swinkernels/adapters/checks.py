@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinkernels.adapters.bypass import GLOBAL_HOOKS
-from swinkernels.ops._library import PLAIN_TYPES, is_plain
+from swinkernels.ops._library import PLAIN_TYPES, is_plain, metadata
 
 _modules_of = itemgetter("_modules")
 _tensors_of = itemgetter("_parameters", "_buffers")
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-metadata = attrgetter("shape", "dtype", "device", "layout")  # of a tensor
 _version_of = attrgetter("_version", "requires_grad")
 # Attributes of every module. Of these, checks read the mode, and hooks, parameters, buffers and inner modules, which
 # are compared separately.
@@ -202,22 +201,19 @@ def keeps_results(module: Any) -> bool:
     return _results(module) is not None
 
 
-def kept(module: Any, key: Callable[[], Any], make: Callable[[], Result | None]) -> Result | None:
+def kept(module: Any, key: Callable[[], Any], make: Callable[[], Result]) -> Result | None:
     """Return make(), or the result of an earlier call with the same key() if nothing has changed since then.
 
-    Return None, without a call of make, if results must not be kept or if key() is None. The rules of :func:`settled`
-    apply, but the result may also depend on the key. None is not kept.
+    If results must not be kept, or if key() is None, return None without a call of make. The rules of :func:`settled`
+    apply, but the result may also depend on the key, and any result is kept.
     """
     results = _results(module)
     found = None if results is None else key()
     if results is None or found is None:
         return None
-    result = results.get(found)
-    if result is None:
-        result = make()
-        if result is not None:
-            _keep(results, found, result)
-    return result
+    if found not in results:
+        _keep(results, found, make())
+    return results[found]
 
 
 def _keep(results: dict[Any, Any], key: Any, result: Any) -> None:

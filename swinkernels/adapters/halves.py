@@ -179,7 +179,7 @@ class Halves:
         norm, (fc1, fc2, gelu) = child(block, self.residual.norm), layers.strong()
         of_norm, of_layers = weight_and_bias(norm), (weight_and_bias(fc1), weight_and_bias(fc2))
         backend = backend_beside("residual_layer_norm", block._swinkernels_backend)
-        if kept(block, lambda: (self, *metadata(s)), lambda: _is_one_op(s, of_norm, *of_layers, backend)):
+        if kept(block, lambda: (self, *metadata(s)), lambda: _mlp_fits_op(s, of_norm, *of_layers, backend)):
             norm_of_op = Norm(*of_norm, norm.eps, self.norm)
             return mlp(s, *of_layers, gelu=gelu, residual=s, norm=norm_of_op, on_kernels=True)
         return self._mlp_half(block, s, layers.strong())
@@ -222,14 +222,15 @@ def add_normed_attention(
     return branch() if _drops_nothing(block, residual.drop_path, residual.kind) else None
 
 
-def _is_one_op(x: Tensor, norm: Layer, fc1: Layer, fc2: Layer, backend: str) -> bool | None:
-    """Return True if mlp_half would compute its result for these parameters with one op, or None.
+def _mlp_fits_op(x: Tensor, norm: Layer, fc1: Layer, fc2: Layer, backend: str) -> bool:
+    """Return True if mlp_half would compute its result for these parameters with one op.
 
     The shapes of the parameters fit, and the result depends only on metadata if :func:`joins` returned True.
     """
     tensors = (x, *norm, *fc1, *fc2)
-    fits = backend == "auto" and fit_kernels(x, tensors) and run_on_kernels(x, (fc1[0], fc2[0]), tensors)
-    return True if fits and is_large(x, fc1[0]) else None
+    if backend != "auto" or not is_large(x, fc1[0]):
+        return False
+    return fit_kernels(x, tensors) and run_on_kernels(x, (fc1[0], fc2[0]), tensors)
 
 
 # Returns the norm, the Linear layers of q, k and v (one for all or one for each) and the last Linear layer of a block's

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swinkernels.adapters.adapter import BACKEND_ATTRIBUTE
 from swinkernels.adapters.bypass import child, class_of, weight_and_bias, why_not_absorbed
 from swinkernels.adapters.checks import settled
 from swinkernels.adapters.linear_layers import Drop, add_linear, call_linear, why_not_left_out, why_not_readable
 from swinkernels.ops._fused_linear import joins, linear
-from swinkernels.ops._position_bias import is_one_op
+from swinkernels.ops._position_bias import fits_op
 from swinkernels.ops._position_bias import position_bias as fused_position_bias
 
 
@@ -65,14 +66,15 @@ def position_bias(module: Any, *path: str) -> Tensor:
     """
     mlp = _inner(module, path)
     offsets = _inner(module, path[:-1]).relative_coords_table
-    if joins(offsets) and settled(module, _is_one_op, *path):
+    on_kernels = getattr(module, BACKEND_ATTRIBUTE, "auto") in ("auto", "cpu")
+    if on_kernels and joins(offsets) and settled(module, _table_fits_op, *path):
         fc1, _, fc2 = mlp._modules.values()
         return fused_position_bias(offsets, weight_and_bias(fc1), weight_and_bias(fc2))
     table = mlp(offsets)
     return 16 * torch.sigmoid(table.reshape(-1, table.shape[-1]))
 
 
-def _is_one_op(module: Any, *path: str) -> bool:
+def _table_fits_op(module: Any, *path: str) -> bool:
     """Return True if one op can compute the position bias, whose MLP is at ``path``, without calling its modules."""
     mlp = _inner(module, path)
     if why_not_absorbed("the MLP", mlp, nn.Sequential, "an nn.Sequential") is not None:
@@ -83,7 +85,7 @@ def _is_one_op(module: Any, *path: str) -> bool:
     reason = why_not_readable("fc1", fc1) or why_not_readable("fc2", fc2)
     if reason is not None or why_not_absorbed("the ReLU", relu, nn.ReLU, "an nn.ReLU") is not None:
         return False
-    return is_one_op(_inner(module, path[:-1]).relative_coords_table, weight_and_bias(fc1), weight_and_bias(fc2))
+    return fits_op(_inner(module, path[:-1]).relative_coords_table, weight_and_bias(fc1), weight_and_bias(fc2))
 
 
 def _inner(module: Any, path: Sequence[str]) -> Any:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import check_module, is_bare
+from swinkernels.nn._features import all_modules_have_hooks, check_module, is_bare
 from swinkernels.ops._arguments import Ints, check_factor
 from swinkernels.ops._fused_linear import Norm, joins
 from swinkernels.ops._fused_patches import patch_linear
@@ -34,7 +34,8 @@ class PatchEmbed(nn.Module):
         norm: True for a norm, as in the classification models; MONAI's SwinUNETR has none by default.
         bias: True for a bias of the convolution.
         eps: added to the variance of the norm.
-        backend: "auto", "cuda", "torch" or "reference", for the norm.
+        backend: "auto", "cuda", "torch" or "reference", for the norm. With "auto" and "torch", one op may compute
+            projection and norm, see above.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -107,7 +108,14 @@ class PatchEmbed(nn.Module):
     def _fused(self, x: Tensor) -> Tensor | None:
         """Return the tokens of the image x, computed by one op, or None if the modules have to be called."""
         proj, norm = self.proj, self.norm
-        if not (joins(x) and is_bare(proj, type(proj)) and (norm is None or is_bare(norm, nn.LayerNorm))):
+        if self.backend not in ("auto", "torch") or not joins(x) or all_modules_have_hooks():
+            return None
+        rank = self.spatial_dims
+        kind = nn.Conv2d if rank == 2 else nn.Conv3d
+        if not (is_bare(proj, kind) and (norm is None or is_bare(norm, nn.LayerNorm))):
+            return None
+        usual = (self.patch_size, self.patch_size, (0,) * rank, (1,) * rank, 1)
+        if (proj.kernel_size, proj.stride, proj.padding, proj.dilation, proj.groups) != usual:
             return None
         of_norm = None if norm is None else Norm(norm.weight, norm.bias, norm.eps, "post")
         return patch_linear(x, proj.weight.flatten(1), proj.bias, of_norm, self.patch_size)

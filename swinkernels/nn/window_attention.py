@@ -11,11 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import as_given, as_map, check_module, forgive, is_bare, refuse_tracing
+from swinkernels.nn._features import (
+    all_modules_have_hooks,
+    as_given,
+    as_map,
+    check_module,
+    forgive,
+    is_bare,
+    refuse_tracing,
+)
 from swinkernels.ops._arguments import PAD_ORDERS, Ints, check_choice, check_ints, check_window
 from swinkernels.ops._fused_linear import joins
 from swinkernels.ops._library import autocast_dtype
-from swinkernels.ops._position_bias import is_one_op, position_bias
+from swinkernels.ops._position_bias import fits_op, position_bias
 from swinkernels.ops.attention_half import attention_half
 from swinkernels.ops.window_attention import window_attention_qkvpacked
 from swinkernels.reference.window_attention import relative_position_index
@@ -369,10 +377,12 @@ class WindowAttentionV2(_WindowAttention):
         """Return the bias table, computed by one op, or None if the modules have to be called."""
         mlp: Any = self._modules["cpb_mlp"]
         kinds = (nn.Linear, nn.ReLU, nn.Linear)
-        if not (joins(offsets) and is_bare(mlp, nn.Sequential) and len(mlp) == len(kinds)):
+        if self.backend not in ("auto", "cpu") or not joins(offsets) or all_modules_have_hooks():
+            return None
+        if not (is_bare(mlp, nn.Sequential) and len(mlp) == len(kinds)):
             return None
         if not all(map(is_bare, mlp, kinds)):
             return None
         fc1, _, fc2 = mlp
         given = offsets, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
-        return position_bias(*given) if is_one_op(*given) else None
+        return position_bias(*given) if fits_op(*given) else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swinkernels.ops._fused_linear import Layer, run
-from swinkernels.ops._library import define, register
+from swinkernels.ops._library import define, register_without_derivative
 from swinkernels.window_spec import WindowSpec
 
 # Without k_weight and v_weight, q_weight has the rows of all three. The tables are float32 except region_map (int32).
@@ -31,16 +31,10 @@ def _fake(x, *_):
     return x.new_empty(x.shape)
 
 
-def _refuse(*_):
-    raise NotImplementedError(
-        "fused_attention_half has no derivative: call it under torch.no_grad(), or use swinkernels.attention_half"
-    )
-
-
 # bias_table, bias, logit_scale and region_map, as in window attention
 Tables = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-_OP = register("fused_attention_half", _fake, lambda ctx, tensors, others, output: None, _refuse)
+_OP = register_without_derivative("fused_attention_half", _fake, "swinkernels.attention_half")
 
 
 class KernelCall(NamedTuple):

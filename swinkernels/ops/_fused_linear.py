@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
+from torch.nn import Buffer, Parameter
 
 from swinkernels import _extension
 from swinkernels.ops import _onednn
@@ -33,7 +33,7 @@ from swinkernels.ops._library import (
     define,
     is_plain,
     linear_dtype,
-    register,
+    register_without_derivative,
 )
 from swinkernels.ops._onednn import is_available, is_large
 
@@ -56,10 +56,7 @@ def _register(name: str, last_weight: int) -> Callable[..., Tensor]:
         x, weight = arguments[0], arguments[last_weight]
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
-    def refuse(*_):
-        raise NotImplementedError(f"{name} has no derivative: call it under torch.no_grad(), or use torch's functions")
-
-    return register(name, fake, lambda ctx, tensors, others, output: None, refuse)
+    return register_without_derivative(name, fake, "torch's functions")
 
 
 _LINEAR_OP = _register("fused_linear", 1)
@@ -300,10 +297,11 @@ _KERNEL_DTYPES = frozenset([torch.float32, torch.bfloat16])
 def fit_kernels(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """Return True if the kernels compute Linear layers of the input x, one of ``tensors``.
 
-    The result depends only on the metadata of ``tensors``, which are on one device. See :func:`run_on_kernels`.
+    The result depends only on the metadata of ``tensors``. See :func:`run_on_kernels`.
     """
     fits = x.device.type == "cpu" and x.dtype in _KERNEL_DTYPES and autocast_dtype(x) is None
-    return fits and all(t is None or (t.dtype == x.dtype and t.layout is torch.strided) for t in tensors)
+    kind = x.dtype, x.device, torch.strided
+    return fits and all(t is None or (t.dtype, t.device, t.layout) == kind for t in tensors)
 
 
 def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
@@ -312,7 +310,7 @@ def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tenso
     Compiled code, whose sizes must not become guards, calls the kernels for any number of rows.
     """
     if _is_compiled():
-        are_plain = all(t is None or type(t) in (Tensor, Parameter) for t in tensors)
+        are_plain = all(t is None or type(t) in (Tensor, Parameter, Buffer) for t in tensors)
         may_run = are_plain and not torch.is_grad_enabled() and _compiles_kernels(x.dtype)
         return may_run and _are_readable_weights(x, weights)
     return (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swinkernels.ops._library import define, kernel_parameter, register
+from swinkernels.ops._library import define, kernel_parameter, register_without_derivative
 
 define(
     "mlp_half_triton(Tensor x, Tensor? branch, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, "
@@ -20,13 +20,7 @@ def _fake(x, *_):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _refuse(*_):
-    raise NotImplementedError(
-        "mlp_half_triton has no derivative: call it under torch.no_grad(), or use backend='auto', 'cuda' or 'torch'"
-    )
-
-
-_mlp_half = register("mlp_half_triton", _fake, lambda ctx, tensors, others, output: None, _refuse)
+_mlp_half = register_without_derivative("mlp_half_triton", _fake, "backend='auto', 'cuda' or 'torch'")
 
 
 def fused_mlp(

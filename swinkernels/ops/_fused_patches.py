@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swinkernels.ops._fused_linear import NO_NORM, Norm, fit_kernels, run, run_on_kernels
-from swinkernels.ops._library import define, register, three
+from swinkernels.ops._library import define, register_without_derivative, three
 
 # With channels_first, x is (B, C, *S), S is a multiple of factor, and a row of the layer's input is (C, *factor). Else
 # x is (B, *S, C), a row consists of the channels of the tokens of a block whose row-major numbers are neighbours, and
@@ -30,13 +30,7 @@ def _fake(x, weight, bias, norm_weight, norm_bias, factor, neighbours, channels_
     return x.new_empty((x.shape[0], *grid, weight.shape[0]))
 
 
-def _refuse(*_):
-    raise NotImplementedError(
-        "fused_patch_linear has no derivative: call it under torch.no_grad(), or use torch's functions"
-    )
-
-
-_OP = register("fused_patch_linear", _fake, lambda ctx, tensors, others, output: None, _refuse)
+_OP = register_without_derivative("fused_patch_linear", _fake, "torch's functions")
 
 
 def patch_linear(

@@ -107,7 +107,7 @@ def is_plain(tensors: Sequence[Any]) -> bool:
 
 
 _TRACES = tuple(getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL"))
-_METADATA = attrgetter("shape", "dtype", "device", "layout")
+metadata = attrgetter("shape", "dtype", "device", "layout")
 PLAIN_TYPES = frozenset((Tensor, Parameter, type(None)))
 
 
@@ -163,7 +163,7 @@ def call_key(tensors: Sequence[Tensor | None], options: tuple[Any, ...], dtype: 
         values = marshal.dumps(options, 2)  # takes 0.3 us; later formats depend on reference counts
     except ValueError:
         return None
-    return values, dtype, *map(type, tensors), *map(_METADATA, [x for x in tensors if x is not None])
+    return values, dtype, *map(type, tensors), *map(metadata, [x for x in tensors if x is not None])
 
 
 def looked_up(
@@ -293,6 +293,15 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
     """
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
     return Differentiable(name, setup_context, backward)
+
+
+def register_without_derivative(name: str, fake: Callable, instead: str) -> Differentiable:
+    """Register an op for inference, as :func:`register` does; ``instead`` names what has a derivative in its place."""
+
+    def refuse(*_):
+        raise NotImplementedError(f"{name} has no derivative: call it under torch.no_grad(), or use {instead}")
+
+    return register(name, fake, lambda ctx, tensors, others, output: None, refuse)
 
 
 def register_derivative(name: str, fake: Callable, of: str, gradients: Callable | None = None) -> Callable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from swinkernels.ops._fused_linear import Layer, fit_kernels, joins, run, run_on_kernels
-from swinkernels.ops._library import define, register
+from swinkernels.ops._library import define, register_without_derivative
 
 define("fused_position_bias(Tensor offsets, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight) -> Tensor")
 
@@ -19,16 +19,10 @@ def _fake(offsets, fc1_weight, fc1_bias, fc2_weight):
     return offsets.new_empty((offsets.shape[:-1].numel(), fc2_weight.shape[0])).float()
 
 
-def _refuse(*_):
-    raise NotImplementedError(
-        "fused_position_bias has no derivative: call it under torch.no_grad(), or use torch's functions"
-    )
+_OP = register_without_derivative("fused_position_bias", _fake, "torch's functions")
 
 
-_OP = register("fused_position_bias", _fake, lambda ctx, tensors, others, output: None, _refuse)
-
-
-def is_one_op(offsets: Tensor, fc1: Layer, fc2: Layer) -> bool:
+def fits_op(offsets: Tensor, fc1: Layer, fc2: Layer) -> bool:
     """Return True if :func:`position_bias` can compute the table, instead of torch's functions.
 
     If :func:`joins` returns True for ``offsets``, the result depends only on the metadata of the tensors.
@@ -40,7 +34,7 @@ def is_one_op(offsets: Tensor, fc1: Layer, fc2: Layer) -> bool:
 
 
 def position_bias(offsets: Tensor, fc1: Layer, fc2: Layer) -> Tensor:
-    """Return the table (prod(2 * window - 1), num_heads), in float32, if :func:`is_one_op` returned True.
+    """Return the table (prod(2 * window - 1), num_heads), in float32, if :func:`fits_op` returned True.
 
     Args:
         offsets: (..., axes), the logarithmically spaced offsets, one row for each row of the table.

@@ -131,7 +131,8 @@ def patch_merging(
 
     over the offsets o in {0, 1} per merged axis. A merged axis of odd size is padded with zeros at its end *before* the
     norm, so the zeros enter the norm's statistics. The gather, together with the norm ("pre") or alone ("post"), reads
-    and writes the map once; the Linear is torch's.
+    and writes the map once; the Linear is torch's. In float32 and bfloat16 inference on some CPUs, with any order but
+    "unfold", one op computes all of it.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).

@@ -161,10 +161,9 @@ def test_values_are_kept_by_key():
         return kept(begun(block), lambda: key, lambda: made.append(key) or value)
 
     assert [get("a", 1), get("b", 2), get("a", 3), get("b", 4)] == [1, 2, 1, 2]
-    assert get("c", None) is None
-    assert get("c", 5) == 5  # None is not kept
-    assert get(None, 6) is None
-    assert made == ["a", "b", "c", "c"]
+    assert [get("c", None), get("c", 5)] == [None, None]
+    assert get(None, 6) is None  # without a key nothing is made
+    assert made == ["a", "b", "c"]
     block.scale = 0.75
     assert [get("a", 6), get("a", 7)] == [6, 6]
     other = copy.copy(block)

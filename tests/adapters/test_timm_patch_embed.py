@@ -135,6 +135,10 @@ def test_other_forms_are_not_reported():
     assert not report.replaced
     assert not report.skipped
     assert report.reason is not None
+    for name in ("flatten", "output_fmt"):  # as after unpickling a module of an older timm
+        old = make()
+        delattr(old, name)
+        assert not swinkernels.accelerate(nn.ModuleList([old])).replaced
     derived = nn.ModuleList([Derived(16, 4, output_fmt="NHWC")])
     (skipped,) = swinkernels.accelerate(derived).skipped
     assert "Derived is a subclass" in skipped.reason

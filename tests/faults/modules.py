@@ -166,14 +166,14 @@ FAULTS = {
     ),
     "adapters-kept-values-of-another-key": Fault(
         _ADAPTERS + "checks.py",
-        "result = results.get(found)",
-        "result = next(iter(results.values()), None)",
+        "return results[found]",
+        "return next(iter(results.values()))",
         "tests/adapters/test_checks.py::test_values_are_kept_by_key",
     ),
     "adapters-position-bias-without-its-hooks": Fault(
         _ADAPTERS + "microsoft_attention.py",
-        "if joins(offsets) and settled(module, _is_one_op, *path):",
-        "if joins(offsets):",
+        "if on_kernels and joins(offsets) and settled(module, _table_fits_op, *path):",
+        "if on_kernels and joins(offsets):",
         "tests/ops/test_position_bias.py::test_libraries",
     ),
     "adapters-kept-layers-stay-alive": Fault(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -276,3 +277,59 @@ def test_patch_embed(size, dtype):
                 module(x)
             assert NAME not in called
             handle.remove()
+
+
+class ScaledConv(torch.nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "proj",
+    [
+        ScaledConv(3, 24, 4, 4), torch.nn.Conv2d(3, 24, 4, 4, padding=2), torch.nn.Conv2d(3, 24, 4, 2, padding=1),
+        torch.nn.Conv2d(3, 24, 7, 4, padding=3), torch.nn.Conv2d(3, 24, 3, 4, dilation=2, padding=1),
+        torch.nn.Sequential(torch.nn.Conv2d(3, 24, 4, 4), torch.nn.ReLU()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_projection_is_called(proj):
+    module: Any = PatchEmbed(4, 3, 24)
+    module.proj = proj
+    x = draw(1, 3, 16, 24)
+    expected = module(x)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
+
+
+@needs_kernels
+def test_hooks_of_all_modules_and_backends():
+    module: Any = PatchEmbed(4, 3, 24)
+    x, seen = draw(1, 3, 16, 24), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
+    try:
+        with torch.no_grad():
+            module(x)
+    finally:
+        handle.remove()
+    assert seen == ["Conv2d", "PatchEmbed"]
+    module.backend = "reference"
+    with torch.no_grad(), called_ops() as called:
+        module(x)
+    assert NAME not in called
+    module.backend = "cuda"
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="cuda"):
+        module(x)
+
+
+@needs_kernels
+def test_a_parameter_on_another_device_is_an_error():
+    """torch's functions raise it; the op must not run."""
+    module: Any = PatchEmbed(4, 3, 24)
+    module.norm.to("meta")
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="device"):
+        module(draw(1, 3, 16, 24))
+    weight, _ = layer(32, 4, seed=1)
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="device"):
+        swinkernels.patch_merging(draw(1, 4, 6, 8), torch.ones(32, device="meta"), None, weight)

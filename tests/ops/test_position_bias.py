@@ -15,7 +15,7 @@ import swinkernels
 from swinkernels import _extension
 from swinkernels.nn import WindowAttentionV2
 from swinkernels.ops import _fused_linear
-from swinkernels.ops._position_bias import _OP, is_one_op
+from swinkernels.ops._position_bias import _OP, fits_op
 from swinkernels.testing import assert_within_budget
 from tests.cpu.test_linear import DTYPES, behind_an_offset, draw, dtypes
 from tests.support import instruction_sets
@@ -132,17 +132,17 @@ def test_which_calls_use_the_op():
     """None in training, in another dtype, and for shapes or a bias that the op does not have."""
     offsets, w1, b1, w2 = drawn((4, 4), 16, 3, torch.float32)
     with torch.no_grad():
-        assert is_one_op(offsets, (w1, b1), (w2, None)) == _fused_linear._may_use_kernels(torch.float32)
+        assert fits_op(offsets, (w1, b1), (w2, None)) == _fused_linear._may_use_kernels(torch.float32)
         for fc1, fc2 in (
             ((w1, b1), (w2, b1[:3])), ((w1, b1), (w2[:, :15], None)), ((w1[:, :1], b1), (w2, None)),
             ((w1, b1[:15]), (w2, None)), ((w1.double(), b1), (w2, None)), ((w1[0], b1), (w2, None)),
         ):  # fmt: skip
-            assert not is_one_op(offsets, fc1, fc2)
-        assert not is_one_op(offsets.double(), (w1.double(), b1.double()), (w2.double(), None))
-        assert not is_one_op(offsets[..., :1].bfloat16(), (w1[:, :1].bfloat16(), None), (w2.bfloat16(), None))
+            assert not fits_op(offsets, fc1, fc2)
+        assert not fits_op(offsets.double(), (w1.double(), b1.double()), (w2.double(), None))
+        assert not fits_op(offsets[..., :1].bfloat16(), (w1[:, :1].bfloat16(), None), (w2.bfloat16(), None))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not is_one_op(offsets, (w1, b1), (w2, None))
-    assert not is_one_op(offsets, (w1, b1), (w2, None))
+            assert not fits_op(offsets, (w1, b1), (w2, None))
+    assert not fits_op(offsets, (w1, b1), (w2, None))
 
 
 @pytest.mark.skipif(not _fused_linear._may_use_kernels(torch.float32), reason="no kernels of Linear layers here")
@@ -227,6 +227,41 @@ def test_libraries(library):
     mlp[1] = nn.ReLU()
     call().sum().backward()
     assert mlp[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not _fused_linear._may_use_kernels(torch.float32), reason="no kernels of Linear layers here")
+def test_hooks_of_all_modules_backends_and_devices():
+    attention: Any = WindowAttentionV2(32, 4, 2)
+    x, seen = draw(1, 8, 8, 32), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
+    try:
+        with torch.no_grad():
+            attention(x)
+    finally:
+        handle.remove()
+    assert {"ReLU", "Sequential"} <= set(seen)
+    attention.backend = "reference"
+    assert NAME not in _called(lambda: attention(x))
+    attention.backend = "auto"
+    assert NAME in _called(lambda: attention(x))
+    attention.cpb_mlp[0].bias = nn.Parameter(torch.zeros(512, device="meta"))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="device"):
+        attention(x)
+
+
+@pytest.mark.skipif(not _fused_linear._may_use_kernels(torch.float32), reason="no kernels of Linear layers here")
+@pytest.mark.parametrize("library", [_timm, _torchvision, _transformers])
+def test_compiled_libraries(library):
+    """Compiled blocks call the op, too. transformers registers the offsets as an nn.Buffer."""
+    block, _ = library()
+    x: Any = draw(1, 16, 16, 96) / 4
+    arguments = (x,) if library is not _transformers else (x.flatten(1, 2), (16, 16))
+    swinkernels.accelerate(block.eval())
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend="eager")
+    with torch.no_grad():
+        compiled(*arguments)
+    assert NAME in _called(lambda: compiled(*arguments))
 
 
 @pytest.mark.parametrize("name", instruction_sets.SETS)

@@ -102,7 +102,7 @@ void pack_rows(const Element* x, int64_t stride, const Block& block, const Panel
   }
 }
 
-// The blocks of a map, of up to kPanelRows rows, whose tokens form patches.
+// Finds where the pieces of up to kPanelRows patches lie in the map.
 struct PatchRows {
   const Patches& p;
   const Element* zeros;  // a piece outside the map
@@ -341,7 +341,9 @@ void linear_as(const LinearParams<Element>& p, int64_t* next, void* memory) {
   Arena arena(memory);
   const LinearScratch s(p, tasks.blocks, arena);
   PatchRows patches(p.patches, s.zeros);
-  for (int64_t i = 0; p.patches.count > 0 && i < p.patches.length; ++i) s.zeros[i] = 0;
+  if (patches.is_padded) {
+    for (int64_t i = 0; i < p.patches.length; ++i) s.zeros[i] = 0;
+  }
   int64_t packed = -1;
   for (;;) {
     const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
@@ -401,7 +403,7 @@ void mlp_as(const MlpParams<Element>& p, int64_t* next, void* memory) {
       const int64_t units = depth / kNumbers;
       for (int64_t c = 0; c < out; c += kColumns) {
         int64_t u = 0;
-        do {  // once if there are no hidden channels
+        do {
           multiply(p.fc2, c, smaller(kColumns, out - c), h / kNumbers + u, smaller(kDepth, units - u), block, s.hidden,
                    u, s.y, c, h > 0 || u > 0);
           u += kDepth;

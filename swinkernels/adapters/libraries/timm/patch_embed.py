@@ -35,7 +35,7 @@ watch(PatchEmbed)
 
 def _returns_map(embed: Any) -> bool:
     """Return True if the result is a map with the channels last."""
-    return not embed.flatten and embed.output_fmt == Format.NHWC
+    return getattr(embed, "flatten", True) is False and getattr(embed, "output_fmt", None) == Format.NHWC
 
 
 def _why_not(embed: Any) -> str | None:
