@@ -170,3 +170,15 @@ def test_compiled_and_exported():
     with torch.no_grad():
         program = torch.export.export(fast, (x,))
     assert not any("swinkernels" in str(node.target) for node in program.graph.nodes)
+
+
+def test_export_with_dynamic_sizes():
+    """timm pads images of any size, and so does the exported program."""
+    embed = make(dynamic_img_pad=True, strict_img_size=False)
+    fast = accelerated(embed)
+    sizes = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        program = torch.export.export(fast, (image(size=(23, 42)),), dynamic_shapes=(sizes,))
+        for size in ((24, 40), (17, 90)):
+            x = image(size=size)
+            torch.testing.assert_close(program.module()(x), embed(x), rtol=0, atol=1e-5)

@@ -25,7 +25,9 @@ constexpr int64_t kPanelRows = kTileVectors * kLanes;
 constexpr int64_t kMaxTail = kLanes / 4;
 constexpr int64_t kMaxBlockRows = 128;
 constexpr int64_t kMaxBlockFloats = 512 << 10;  // of x, for a Linear layer with many input channels
+// Whole slices of kDepth units, so that a single pass of an MLP adds the products of fc2 in the same order as by layers.
 constexpr int64_t kHidden = 256 * kNumbers;
+static_assert(kHidden % (kDepth * kNumbers) == 0);
 // An MLP's block has this many floats of x, of its result and of kHidden hidden channels, so that they stay in L2.
 constexpr int64_t kMlpBlockFloats = 96 << 10;
 // A call has about this many tasks if it is large enough, for any number of threads.

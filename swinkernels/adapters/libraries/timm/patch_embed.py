@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers import PatchEmbed
 from timm.layers.format import Format
 from torch import Tensor, nn
@@ -73,6 +74,8 @@ class AcceleratedPatchEmbed(Accelerated, PatchEmbed):
 
 def _embedded(embed: AcceleratedPatchEmbed, x: Tensor) -> Tensor | None:
     """Return the tokens of the image x, computed by the op, or None if timm's code has to run."""
+    if torch.compiler.is_compiling() and not joins(x):
+        return None  # before the sizes, on which a compiler would put guards
     if x.dim() != 4 or settled(embed, _why_own_code, *x.shape[1:]) is not None:
         return None
     requested = backend_beside("patch_embed", embed._swinkernels_backend)
