@@ -208,12 +208,14 @@ def kept(module: Any, key: Callable[[], Any], make: Callable[[], Result]) -> Res
     apply, but the result may also depend on the key, and any result is kept.
     """
     results = _results(module)
-    found = None if results is None else key()
-    if results is None or found is None:
+    if results is None:
         return None
-    if found not in results:
-        _keep(results, found, make())
-    return results[found]
+    under = key()
+    if under is None:
+        return None
+    if under not in results:
+        _keep(results, under, make())
+    return results[under]
 
 
 def _keep(results: dict[Any, Any], key: Any, result: Any) -> None:

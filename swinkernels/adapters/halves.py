@@ -283,8 +283,8 @@ def attention_branch(
             window_size=rest.pop("window_size"), eps=norm.eps, norm=place, residual=residual, drop_path_scale=None,
             layer_scale=None, backend=backend, attention=rest,
         )  # fmt: skip
-        fits = found.fit and run_on_kernels(x, (*weights, of_proj[0]), (x, *of_norm, *weights, bias, *of_proj))
-        return found.call if fits else None
+        tensors = (x, *of_norm, *weights, bias, *of_proj, *tables)
+        return found.call if found.fit and run_on_kernels(x, (*weights, of_proj[0]), tensors) else None
 
     found = kept(block, key, call)
     if found is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from swinkernels.nn._features import all_modules_have_hooks, check_module, is_bare
 from swinkernels.ops._arguments import Ints, check_factor
 from swinkernels.ops._fused_linear import Norm, joins
-from swinkernels.ops._fused_patches import patch_linear
+from swinkernels.ops._fused_patches import patch_linear, projects_patches
 from swinkernels.ops._library import norm_dtype
 from swinkernels.ops.layer_norm import layer_norm
 
@@ -110,12 +110,10 @@ class PatchEmbed(nn.Module):
         proj, norm = self.proj, self.norm
         if self.backend not in ("auto", "torch") or not joins(x) or all_modules_have_hooks():
             return None
-        rank = self.spatial_dims
-        kind = nn.Conv2d if rank == 2 else nn.Conv3d
-        if not (is_bare(proj, kind) and (norm is None or is_bare(norm, nn.LayerNorm))):
+        kind = nn.Conv2d if self.spatial_dims == 2 else nn.Conv3d
+        if not (is_bare(proj, kind) and projects_patches(proj, self.patch_size)):
             return None
-        usual = (self.patch_size, self.patch_size, (0,) * rank, (1,) * rank, 1)
-        if (proj.kernel_size, proj.stride, proj.padding, proj.dilation, proj.groups) != usual:
+        if norm is not None and not is_bare(norm, nn.LayerNorm):
             return None
         of_norm = None if norm is None else Norm(norm.weight, norm.bias, norm.eps, "post")
         return patch_linear(x, proj.weight.flatten(1), proj.bias, of_norm, self.patch_size)

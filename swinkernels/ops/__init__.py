@@ -9,7 +9,7 @@ from swinkernels.ops.residual_layer_norm import residual_layer_norm, residual_po
 from swinkernels.ops.window_attention import window_attention, window_attention_qkvpacked
 from swinkernels.ops.window_partition import window_partition, window_reverse
 
-import swinkernels.ops._position_bias  # isort: skip
+import swinkernels.ops._position_bias  # isort: skip  defines an op
 import swinkernels.triton  # isort: skip  implements the ops defined above
 import swinkernels.ops._flops  # isort: skip
 from swinkernels.ops._decompositions import decompositions  # isort: skip

@@ -8,6 +8,7 @@ gathered in memory, and computes the norm before or after the layer. It has no d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ def _fake(x, weight, bias, norm_weight, norm_bias, factor, neighbours, channels_
 
 
 _OP = register_without_derivative("fused_patch_linear", _fake, "torch's functions")
+
+
+def projects_patches(conv: Any, patch_size: Sequence[int]) -> bool:
+    """Return True if an nn.Conv2d or nn.Conv3d is a Linear layer of patches, which neither overlap nor are padded."""
+    patch, rank = tuple(patch_size), len(patch_size)
+    usual = (patch, patch, (0,) * rank, (1,) * rank, 1)
+    return (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == usual
 
 
 def patch_linear(

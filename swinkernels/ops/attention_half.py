@@ -32,7 +32,7 @@ def tables_of(bias_table: Tensor | None, attention: dict[str, Any]) -> Tables:
 
 
 class Decision(NamedTuple):
-    """What the arguments of a call decide: a value of eps, the norm's backend, and whether the kernels compute it."""
+    """How attention_half computes a call: with which eps and backend of the norm, and whether on the CPU kernels."""
 
     eps: float
     norm_backend: str

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 import swinkernels
 from swinkernels.adapters.checks import _MOST_RESULTS, Checks, keeps_results, kept, settled
+from swinkernels.adapters.halves import attention_branch
+from swinkernels.adapters.microsoft_attention import attention_layers
 from swinkernels.ops import _fused_linear, _onednn
+from tests.support.fused_products import run_kernels_anywhere
 from tests.support.instructions import instructions_of
 from tests.support.places import PLACES
 
@@ -361,7 +364,7 @@ CHANGES_OF_OPS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES_OF_OPS)
 def test_ops_follow_changes(change):
-    """After a change the results are again those of the library, for batches of any size in any order."""
+    """After each change, the accelerated block computes what timm's block computes, also if the batch size varies."""
     torch.manual_seed(0)
     plain = model().eval()
     fast = copy.deepcopy(plain)
@@ -380,6 +383,31 @@ def test_ops_follow_changes(change):
                     got = fast(of_block[images])
                     assert got.dtype == of_block.dtype
                     assert (got - exact[images]).abs().max() <= limit * exact.abs().max()
+
+
+def test_decisions_belong_to_the_arguments_of_a_call(monkeypatch):
+    """The same block and map with another window, shift, mask value or table give another result."""
+    run_kernels_anywhere(monkeypatch)
+    torch.manual_seed(0)
+    block, x = accelerated().eval(), torch.randn(2, 14, 14, 384)
+    usual = {"num_heads": 12, "window_size": 7, "shift_size": 3, "mask_value": -100.0, "pad_qkv": block.attn.qkv.bias}
+    changes = [{}, {"shift_size": 2}, {"mask_value": -1.0}, {"scale": 1.0}, {"window_size": 2, "shift_size": 1}]
+    changes += [{"bias_table": torch.randn(169, 12)}, {"bias": torch.randn(12, 49, 49)}]
+    with torch.no_grad():
+        for _ in range(2):
+            for change in changes:
+                block._swinkernels_own_code(x)  # begins a call
+                given = {**usual, **change}
+                y = attention_branch(block, x, attention_layers, "auto", dict(given), True)
+                exact = swinkernels.attention_half(
+                    x.double(), *(p.double() for p in block.norm1.parameters()), block.attn.qkv.weight.double(),
+                    given.pop("pad_qkv").double(), *(p.double() for p in block.attn.proj.parameters()),
+                    backend="reference", **given,
+                )  # fmt: skip
+                assert (y - exact).abs().max() <= 1e-5 * exact.abs().max()
+        assert keeps_results(block)
+        with pytest.raises(ValueError, match="bias_table"):
+            attention_branch(block, x, attention_layers, "auto", {**usual, "bias_table": torch.randn(170, 12)}, True)
 
 
 @pytest.mark.parametrize("frozen", ["", "fc1", "fc2"])

@@ -16,14 +16,10 @@ from timm.layers import PatchEmbed  # noqa: E402
 
 import swinkernels  # noqa: E402
 from swinkernels.adapters.libraries.timm.patch_embed import AcceleratedPatchEmbed  # noqa: E402
-from swinkernels.ops import _fused_linear  # noqa: E402
 from swinkernels.testing import assert_within_budget  # noqa: E402
-from tests.support.fused_products import called_ops  # noqa: E402
+from tests.support.fused_products import called_ops, run_kernels_anywhere  # noqa: E402
 
 NAME = "swinkernels::fused_patch_linear"
-needs_kernels = pytest.mark.skipif(
-    not _fused_linear._may_use_kernels(torch.float32), reason="no kernels of Linear layers here"
-)
 
 
 def make(**options: Any) -> Any:
@@ -54,16 +50,14 @@ def inferred(embed: Any, x: Tensor) -> tuple[Tensor, bool]:
     return y, NAME in called
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "options",
     [{}, {"norm_layer": None}, {"bias": False}, {"patch_size": (2, 8)}, {"in_chans": 1, "img_size": None}],
     ids=str,
 )
-def test_results(options, dtype):
-    if not _fused_linear._may_use_kernels(dtype):
-        pytest.skip("no kernels in this dtype here")
+def test_results(options, dtype, monkeypatch):
+    run_kernels_anywhere(monkeypatch, dtype)
     embed = make(**options).to(dtype)
     fast, x = accelerated(embed), image(channels=options.get("in_chans", 3)).to(dtype)
     for given in (x, x.contiguous(memory_format=torch.channels_last), x[:1]):
@@ -74,8 +68,8 @@ def test_results(options, dtype):
             assert_within_budget(y, exact, functools.partial(embed, given))
 
 
-@needs_kernels
-def test_what_timms_code_computes():
+def test_what_timms_code_computes(monkeypatch):
+    run_kernels_anywhere(monkeypatch)
     embed = make()
     x = image()
     for path in ("proj", "norm"):
@@ -102,9 +96,9 @@ def test_what_timms_code_computes():
     assert inferred(fast.float(), x)[1]
 
 
-@needs_kernels
-def test_image_sizes():
+def test_image_sizes(monkeypatch):
     """A wrong size raises timm's error; an image that timm pads or crops is left to timm."""
+    run_kernels_anywhere(monkeypatch)
     with pytest.raises(AssertionError, match="doesn't match model"):
         inferred(accelerated(make()), image(size=(24, 44)))
     for options in ({"dynamic_img_pad": True}, {"img_size": None}):
@@ -150,9 +144,9 @@ def test_restore():
     assert type(embed) is PatchEmbed
 
 
-@needs_kernels
-def test_compiled_and_exported():
+def test_compiled_and_exported(monkeypatch):
     """Compiled code calls the op, for all batches in one graph; an exported program does not."""
+    run_kernels_anywhere(monkeypatch)
     fast, x = accelerated(make()), image()
     torch.compiler.reset()
     graphs: list[Any] = []
@@ -172,8 +166,9 @@ def test_compiled_and_exported():
     assert not any("swinkernels" in str(node.target) for node in program.graph.nodes)
 
 
-def test_export_with_dynamic_sizes():
+def test_export_with_dynamic_sizes(monkeypatch):
     """timm pads images of any size, and so does the exported program."""
+    run_kernels_anywhere(monkeypatch)
     embed = make(dynamic_img_pad=True, strict_img_size=False)
     fast = accelerated(embed)
     sizes = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)

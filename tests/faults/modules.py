@@ -166,9 +166,21 @@ FAULTS = {
     ),
     "adapters-kept-values-of-another-key": Fault(
         _ADAPTERS + "checks.py",
-        "return results[found]",
+        "return results[under]",
         "return next(iter(results.values()))",
         "tests/adapters/test_checks.py::test_values_are_kept_by_key",
+    ),
+    "adapters-kept-decisions-for-other-arguments": Fault(
+        _ADAPTERS + "halves.py",
+        "(place, residual, backend, rest))",
+        "(place, residual, backend))",
+        "tests/adapters/test_checks.py::test_decisions_belong_to_the_arguments_of_a_call",
+    ),
+    "adapters-kept-decisions-for-other-tables": Fault(
+        _ADAPTERS + "halves.py",
+        "call_key((x, *tables),",
+        "call_key((x,),",
+        "tests/adapters/test_checks.py::test_decisions_belong_to_the_arguments_of_a_call",
     ),
     "adapters-position-bias-without-its-hooks": Fault(
         _ADAPTERS + "microsoft_attention.py",

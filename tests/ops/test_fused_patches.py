@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import math
 from typing import Any
@@ -14,20 +16,15 @@ from torch import Tensor
 import swinkernels
 from swinkernels import _extension
 from swinkernels.nn import PatchEmbed
-from swinkernels.ops import _fused_linear
 from swinkernels.ops._fused_linear import Norm
 from swinkernels.ops._fused_patches import _OP, patch_linear
 from swinkernels.ops.patch_merging import RUNS
 from swinkernels.testing import assert_within_budget
 from tests.cpu.test_linear import DTYPES, NO_NORM, behind_an_offset, draw, dtypes, layer, norm_of
 from tests.support import instruction_sets
-from tests.support.fused_products import called_ops
+from tests.support.fused_products import called_ops, modules_seen_by_hooks, run_kernels_anywhere
 
 pytestmark = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
-needs_kernels = pytest.mark.skipif(
-    not _fused_linear._may_use_kernels(torch.float32), reason="no kernels of Linear layers here"
-)
-
 OP = torch.ops.swinkernels.fused_patch_linear
 NAME = "swinkernels::fused_patch_linear"
 
@@ -114,7 +111,7 @@ def test_against_float64(case, dtype):
 @dtypes
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rows_are_those_of_a_linear_layer(case, dtype):
-    """The result is bit for bit that of the gathered patches."""
+    """The bits are those of fused_linear for rows that were gathered in memory."""
     shape, factor, neighbours = case
     x, (weight, bias) = draw(*shape, dtype=dtype), layer(columns(*case), 50, seed=1, dtype=dtype)
     norm = norm_of(weight.shape[1], "pre", dtype=dtype)
@@ -216,9 +213,9 @@ def test_opcheck():
     torch.library.opcheck(OP.default, (draw(1, 2, 8, 12), weight, bias, *rest), test_utils=names)
 
 
-@needs_kernels
-def test_which_calls_use_the_op():
+def test_which_calls_use_the_op(monkeypatch):
     """None in training, under autocast, in another dtype, and for pieces of odd length in bfloat16."""
+    run_kernels_anywhere(monkeypatch)
     x, (weight, bias) = draw(1, 4, 6, 8), layer(32, 4, seed=1)
     given = (x, weight, bias, None, (2, 2), RUNS["swin", 2])
     with torch.no_grad():
@@ -234,43 +231,39 @@ def test_which_calls_use_the_op():
     assert patch_linear(x, weight.requires_grad_(), bias, *given[3:]) is None
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_patch_merging(norm, dtype):
+def test_patch_merging(norm, dtype, monkeypatch):
     """The public function calls the op in inference, for every order but "unfold"."""
-    if not _fused_linear._may_use_kernels(dtype):
-        pytest.skip("no kernels in this dtype here")
-    for shape, order in itertools.product(((1, 6, 9, 16), (2, 3, 4, 5, 8)), ("swin", "row_major", "monai", "unfold")):
+    run_kernels_anywhere(monkeypatch, dtype)
+    orders = ("swin", "row_major", "monai", "unfold")
+    for shape, order in itertools.product(((1, 12, 19, 16), (2, 5, 8, 6, 8)), orders):
         x, k = draw(*shape, dtype=dtype), 4 if len(shape) == 4 else 8
         weight, _ = layer(k * shape[-1], 20, seed=1, dtype=dtype)
         parameters = norm_of(weight.shape[1] if norm == "pre" else 20, norm, dtype=dtype)[:2]
         with torch.no_grad(), called_ops() as called:
             y = swinkernels.patch_merging(x, *parameters, weight, order=order, norm=norm)
         assert (NAME in called) == (order != "unfold")
-        wide = (t.double() for t in (x, *parameters, weight))
-        exact = swinkernels.patch_merging(*wide, order=order, norm=norm, backend="reference")
-        torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.06)
+        given = (x, *parameters, weight)
+        merge = functools.partial(swinkernels.patch_merging, order=order, norm=norm, backend="reference")
+        assert_within_budget(y, merge(*(t.double() for t in given)), functools.partial(merge, *given))
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(30, 41), (5, 9, 8)])
-def test_patch_embed(size, dtype):
+def test_patch_embed(size, dtype, monkeypatch):
     """The module calls the op in inference, but not if the convolution or the norm has a hook."""
-    if not _fused_linear._may_use_kernels(dtype):
-        pytest.skip("no kernels in this dtype here")
+    run_kernels_anywhere(monkeypatch, dtype)
     for norm in (True, False):
         module = PatchEmbed(4, 3, 24, spatial_dims=len(size), norm=norm).to(dtype)
         if norm:
             torch.nn.init.normal_(module.norm.weight)
         x = draw(2, 3, *size, dtype=dtype)
-        trained = module(x)
+        exact = copy.deepcopy(module).double()(x.double()).detach()
         with torch.no_grad(), called_ops() as called:
             y = module(x)
         assert NAME in called
-        assert y.shape == trained.shape
-        torch.testing.assert_close(y, trained, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.06)
+        assert_within_budget(y, exact, lambda module=module, x=x: module(x).detach())
         for inner in filter(None, (module.proj, module.norm)):
             handle = inner.register_forward_hook(lambda *_: None)
             with torch.no_grad(), called_ops() as called:
@@ -284,7 +277,6 @@ class ScaledConv(torch.nn.Conv2d):
         return 2 * super().forward(x)
 
 
-@needs_kernels
 @pytest.mark.parametrize(
     "proj",
     [
@@ -294,7 +286,8 @@ class ScaledConv(torch.nn.Conv2d):
     ],
     ids=str,
 )  # fmt: skip
-def test_another_projection_is_called(proj):
+def test_another_projection_is_called(proj, monkeypatch):
+    run_kernels_anywhere(monkeypatch)
     module: Any = PatchEmbed(4, 3, 24)
     module.proj = proj
     x = draw(1, 3, 16, 24)
@@ -303,16 +296,12 @@ def test_another_projection_is_called(proj):
         torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
 
 
-@needs_kernels
-def test_hooks_of_all_modules_and_backends():
+def test_hooks_of_all_modules_and_backends(monkeypatch):
+    run_kernels_anywhere(monkeypatch)
     module: Any = PatchEmbed(4, 3, 24)
-    x, seen = draw(1, 3, 16, 24), []
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
-    try:
-        with torch.no_grad():
-            module(x)
-    finally:
-        handle.remove()
+    x = draw(1, 3, 16, 24)
+    with modules_seen_by_hooks() as seen:
+        module(x)
     assert seen == ["Conv2d", "PatchEmbed"]
     module.backend = "reference"
     with torch.no_grad(), called_ops() as called:
@@ -323,9 +312,9 @@ def test_hooks_of_all_modules_and_backends():
         module(x)
 
 
-@needs_kernels
-def test_a_parameter_on_another_device_is_an_error():
+def test_a_parameter_on_another_device_is_an_error(monkeypatch):
     """torch's functions raise it; the op must not run."""
+    run_kernels_anywhere(monkeypatch)
     module: Any = PatchEmbed(4, 3, 24)
     module.norm.to("meta")
     with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="device"):

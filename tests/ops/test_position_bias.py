@@ -19,7 +19,7 @@ from swinkernels.ops._position_bias import _OP, fits_op
 from swinkernels.testing import assert_within_budget
 from tests.cpu.test_linear import DTYPES, behind_an_offset, draw, dtypes
 from tests.support import instruction_sets
-from tests.support.fused_products import called_ops
+from tests.support.fused_products import called_ops, modules_seen_by_hooks, run_kernels_anywhere
 
 pytestmark = pytest.mark.skipif(_extension.error is not None, reason=str(_extension.error))
 
@@ -145,12 +145,10 @@ def test_which_calls_use_the_op():
     assert not fits_op(offsets, (w1, b1), (w2, None))
 
 
-@pytest.mark.skipif(not _fused_linear._may_use_kernels(torch.float32), reason="no kernels of Linear layers here")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_module(dtype):
+def test_module(dtype, monkeypatch):
     """The module calls the op in inference, but not if an inner module has a hook or is of another class."""
-    if not _fused_linear._may_use_kernels(dtype):
-        pytest.skip("no kernels in this dtype here")
+    run_kernels_anywhere(monkeypatch, dtype)
     torch.manual_seed(0)
     attention: Any = WindowAttentionV2(32, 4, 2).to(dtype)
     attention.cpb_mlp[2].weight.data.mul_(20)  # a bias that is not constant
@@ -172,37 +170,43 @@ def _called(call: Callable[[], Any]) -> list[str]:
     return called
 
 
-def _timm() -> tuple[nn.Module, str]:
-    model = pytest.importorskip("timm").create_model("swinv2_tiny_window8_256")
-    return model.layers[0].blocks[0], "attn.cpb_mlp"
+# A v2 block in eval mode, the path of its MLP for the position bias, and the arguments of a call
+Library = tuple[Any, ...]
 
 
-def _torchvision() -> tuple[nn.Module, str]:
+def _map() -> Tensor:
+    return draw(1, 16, 16, 96) / 4
+
+
+def _timm() -> Library:
+    model = pytest.importorskip("timm").create_model("swinv2_tiny_window8_256").eval()
+    return model.layers[0].blocks[0], "attn.cpb_mlp", _map()
+
+
+def _torchvision() -> Library:
     models = pytest.importorskip("torchvision").models
-    return models.swin_v2_t().features[1][0], "attn.cpb_mlp"
+    return models.swin_v2_t().eval().features[1][0], "attn.cpb_mlp", _map()
 
 
-def _transformers() -> tuple[nn.Module, str]:
+def _transformers() -> Library:
     transformers = pytest.importorskip("transformers")
     config = transformers.Swinv2Config(depths=[1, 1], num_heads=[3, 6], image_size=64)
-    layer = transformers.Swinv2Model(config).encoder.layers[0].blocks[0]
-    paths = [name for name, _ in layer.named_modules() if name.endswith("continuous_position_bias_mlp")]
-    return layer, paths[0]
+    layer = transformers.Swinv2Model(config).eval().encoder.layers[0].blocks[0]
+    (path,) = (name for name, _ in layer.named_modules() if name.endswith("continuous_position_bias_mlp"))
+    return layer, path, _map().flatten(1, 2), (16, 16)
 
 
-@pytest.mark.skipif(not _fused_linear._may_use_kernels(torch.float32), reason="no kernels of Linear layers here")
 @pytest.mark.parametrize("library", [_timm, _torchvision, _transformers])
-def test_libraries(library):
+def test_libraries(library, monkeypatch):
     """Accelerated blocks call the op, but not if an inner module has a hook, a bias or another class."""
-    block, path = library()
-    x: Any = draw(1, 16, 16, 96) / 4
-    arguments = (x,) if library is not _transformers else (x.flatten(1, 2), (16, 16))
+    run_kernels_anywhere(monkeypatch)
+    block, path, *arguments = library()
 
     def call() -> Tensor:
         out = block(*arguments)
         return out[0] if isinstance(out, tuple) else out
 
-    mlp: Any = block.eval().get_submodule(path)
+    mlp: Any = block.get_submodule(path)
     with torch.no_grad():
         mlp[2].weight.mul_(20)
         for norm in block.modules():
@@ -229,16 +233,12 @@ def test_libraries(library):
     assert mlp[0].weight.grad.abs().sum() > 0
 
 
-@pytest.mark.skipif(not _fused_linear._may_use_kernels(torch.float32), reason="no kernels of Linear layers here")
-def test_hooks_of_all_modules_backends_and_devices():
+def test_hooks_of_all_modules_backends_and_devices(monkeypatch):
+    run_kernels_anywhere(monkeypatch)
     attention: Any = WindowAttentionV2(32, 4, 2)
-    x, seen = draw(1, 8, 8, 32), []
-    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
-    try:
-        with torch.no_grad():
-            attention(x)
-    finally:
-        handle.remove()
+    x = draw(1, 8, 8, 32)
+    with modules_seen_by_hooks() as seen:
+        attention(x)
     assert {"ReLU", "Sequential"} <= set(seen)
     attention.backend = "reference"
     assert NAME not in _called(lambda: attention(x))
@@ -249,14 +249,12 @@ def test_hooks_of_all_modules_backends_and_devices():
         attention(x)
 
 
-@pytest.mark.skipif(not _fused_linear._may_use_kernels(torch.float32), reason="no kernels of Linear layers here")
 @pytest.mark.parametrize("library", [_timm, _torchvision, _transformers])
-def test_compiled_libraries(library):
+def test_compiled_libraries(library, monkeypatch):
     """Compiled blocks call the op, too. transformers registers the offsets as an nn.Buffer."""
-    block, _ = library()
-    x: Any = draw(1, 16, 16, 96) / 4
-    arguments = (x,) if library is not _transformers else (x.flatten(1, 2), (16, 16))
-    swinkernels.accelerate(block.eval())
+    run_kernels_anywhere(monkeypatch)
+    block, _, *arguments = library()
+    swinkernels.accelerate(block)
     torch.compiler.reset()
     compiled = torch.compile(block, backend="eager")
     with torch.no_grad():

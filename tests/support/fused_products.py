@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
+from swinkernels import _extension
 from swinkernels.adapters import halves, linear_layers
 from swinkernels.adapters.copies import block
-from swinkernels.ops import _fused_attention, _fused_linear
+from swinkernels.ops import _fused_attention, _fused_linear, _onednn
 from swinkernels.ops._library import is_plain
 
 # Not attributes of swinkernels.ops, which has functions of the same names.
@@ -37,6 +39,26 @@ def called_ops() -> Iterator[list[str]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield names
     names += [event.name for event in profile.events()]
+
+
+@contextlib.contextmanager
+def modules_seen_by_hooks() -> Iterator[list[str]]:
+    """Collect the class names of the modules whose calls a hook of all modules sees, in inference."""
+    seen: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
+    try:
+        with torch.no_grad():
+            yield seen
+    finally:
+        handle.remove()
+
+
+def run_kernels_anywhere(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32) -> None:
+    """Make modules use the CPU kernels on every processor, or skip the test if torch's oneDNN lacks the dtype here."""
+    reason = _extension.error or _onednn.why_not_fused(dtype)
+    if reason is not None:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
 
 
 @contextlib.contextmanager
