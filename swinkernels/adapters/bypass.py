@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _torch_module
 
 from swinkernels._at_import import at_import
+from swinkernels.nn._inner import GLOBAL_HOOKS, has_own_hooks, is_set_on_instance
 from swinkernels.ops._arguments import why_beyond_limits
+from swinkernels.ops._library import constant_when_compiled
 
 
 def is_traced(x: Any) -> bool:
@@ -110,6 +111,7 @@ def watch_unless_watched(kind: Any) -> None:
     _PUBLISHED.setdefault(kind, (("forward", kind.forward), ("__call__", kind.__call__)))
 
 
+@constant_when_compiled
 def is_patched(kind: Any) -> bool:
     """Return True if the ``forward`` or ``__call__`` of a watched class was replaced."""
     forward, call, *_ = _PUBLISHED[kind]
@@ -128,6 +130,22 @@ watch(nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear)
 watch(nn.ReLU, nn.Sequential, nn.Softmax, nn.Unfold)
 
 
+# In compiled code, classes and hooks count as constants: guards on them would take as long as all of a block's others.
+@constant_when_compiled
+def _methods_of(kind: Any) -> tuple[str, ...]:
+    """Return the names of the methods of a class that an attribute of an instance may replace."""
+    names = [method for method, _ in _PUBLISHED.get(kind) or (("forward", None),)]
+    return tuple(name for name in names if name != "__call__")  # Python calls the one of the class in any case
+
+
+@constant_when_compiled
+def _replaced_on_class(kind: Any) -> str | None:
+    for method, published in _PUBLISHED.get(kind) or ():
+        if getattr(kind, method) is not published and (method != "__call__" or call_is_patched(kind, published)):
+            return f"{kind.__name__}.{method} was replaced on the class"
+    return None
+
+
 def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
     """Return the reason why a module may compute something other than its class's published code, or None.
 
@@ -139,20 +157,17 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
             ``forward`` set on its instance is then ignored.
     """
     own = module.__dict__
-    for method, published in _PUBLISHED.get(kind) or (("forward", kind.forward),):
-        if method in own and (name or method != "forward") and not is_bound_method(module, type(module), own[method]):
+    for method in _methods_of(kind):
+        if (not name and method == "forward") or not is_set_on_instance(module, method):
+            continue
+        if not is_bound_method(module, type(module), own[method]):
             return f"{f'{name}.' if name else 'its '}{method} was replaced on the instance"
-        if getattr(kind, method) is not published and (method != "__call__" or call_is_patched(kind, published)):
-            return f"{kind.__name__}.{method} was replaced on the class"
+    reason = _replaced_on_class(kind)
+    if reason is not None:
+        return reason
     if name and own.get("_compiled_call_impl") is not None:  # set by nn.Module.compile
         return f"{name} is compiled"
     return None
-
-
-# The dicts of torch's global hooks, which run for all modules. torch never replaces these dicts.
-_OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE = _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks
-_OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE = _torch_module._global_backward_hooks, _torch_module._global_backward_pre_hooks
-GLOBAL_HOOKS = (_OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE, _OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE)
 
 
 # The Python module that defines the hooks of torch's FLOP counter. They only record which module is running.
@@ -163,9 +178,10 @@ def all_modules_have_hooks() -> bool:
     """Return True if a global hook, which runs for all modules, is registered. The FLOP counter's hooks are ignored."""
     if not any(GLOBAL_HOOKS):
         return False
-    hooks = (*_OF_ALL_FORWARD.values(), *_OF_ALL_FORWARD_PRE.values())
+    forward, forward_pre, backward, backward_pre = GLOBAL_HOOKS
+    hooks = (*forward.values(), *forward_pre.values())
     others = any(getattr(hook, "__module__", "") != _HARMLESS for hook in hooks)
-    return others or bool(_OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE)
+    return others or bool(backward or backward_pre)
 
 
 def weight_and_bias(layer: Any) -> tuple[Any, Any]:
@@ -174,12 +190,7 @@ def weight_and_bias(layer: Any) -> tuple[Any, Any]:
     return (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (layer.weight, layer.bias)
 
 
-def has_own_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
+@constant_when_compiled
 def has_hooks(module: nn.Module) -> bool:
     """Return True if a call of the module would run one of its hooks or a global hook."""
     return has_own_hooks(module) or all_modules_have_hooks()
@@ -330,7 +341,7 @@ def why_not_window_attention(
                 continue
             if of not in kinds:
                 return f"{name}.{key} is a {_class_name(module)}, not {right}"
-            if "forward" in module.__dict__ or is_patched(of):
+            if is_set_on_instance(module, "forward") or is_patched(of):
                 reason = replaced_method(module, of, f"{name}.{key}")
                 if reason is not None:
                     return reason

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.adapters.bypass import GLOBAL_HOOKS
+from swinkernels.nn._inner import GLOBAL_HOOKS
 from swinkernels.ops._library import PLAIN_TYPES, is_plain, metadata
 
 _modules_of = itemgetter("_modules")

@@ -53,10 +53,10 @@ def why_not_left_out(
     Unless it is None, ``training`` replaces the module's training mode.
     """
     kind = nn.Identity if class_of(module) is nn.Identity else kind
-    is_training = module.training if training is None else training
-    p = getattr(module, "p", getattr(module, "drop_prob", None))
-    if is_training and kind is not nn.Identity and p != 0.0:
-        return f"{name} drops elements in training (p={p})"
+    if kind is not nn.Identity and (module.training if training is None else training):
+        p = getattr(module, "p", getattr(module, "drop_prob", None))
+        if p != 0.0:
+            return f"{name} drops elements in training (p={p})"
     return why_not_absorbed(name, module, kind, kind.__name__)
 
 

@@ -1,4 +1,4 @@
-"""Helpers for the modules: conversion between feature maps and sequences, and checks of arguments and hooks."""
+"""Helpers for the modules: conversion between feature maps and sequences, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as _torch_module
+from torch import Tensor
 
 from swinkernels.ops import _arguments
 from swinkernels.ops._backends import check_backend
@@ -70,33 +69,3 @@ def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
 def forgive(unexpected_keys: list[str], prefix: str, names: Sequence[str]) -> None:
     """Remove ``names``, buffers that only published checkpoints contain, from a module's ``unexpected_keys``."""
     unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in names}]
-
-
-_OF_ALL_MODULES = (
-    _torch_module._global_forward_hooks,
-    _torch_module._global_forward_pre_hooks,
-    _torch_module._global_backward_hooks,
-    _torch_module._global_backward_pre_hooks,
-)
-
-
-def is_bare(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Return True if ``module`` is exactly of class ``kind`` and has no hooks and no replaced forward.
-
-    An op can then run instead of the module.
-    """
-    if module is None:
-        return False
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
-
-
-def all_modules_have_hooks() -> bool:
-    """Return True if a global hook, which runs for all modules, is registered."""
-    return any(_OF_ALL_MODULES)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.nn._features import is_bare
+from swinkernels.nn._inner import is_bare
 from swinkernels.ops.mlp_half import mlp_half
 
 

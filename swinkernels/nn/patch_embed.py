@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import all_modules_have_hooks, check_module, is_bare
+from swinkernels.nn._features import check_module
+from swinkernels.nn._inner import all_modules_have_hooks, is_bare
 from swinkernels.ops._arguments import Ints, check_factor
 from swinkernels.ops._fused_linear import Norm, joins
 from swinkernels.ops._fused_patches import patch_linear, projects_patches

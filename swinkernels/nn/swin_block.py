@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swinkernels.nn._features import all_modules_have_hooks, as_given, as_map, check_module, forgive, is_bare
+from swinkernels.nn._features import as_given, as_map, check_module, forgive
+from swinkernels.nn._inner import all_modules_have_hooks, is_bare
 from swinkernels.nn.drop_path import DropPath
 from swinkernels.nn.mlp import Mlp
 from swinkernels.nn.window_attention import WindowAttention, WindowAttentionV2, window_per_axis

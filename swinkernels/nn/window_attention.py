@@ -11,15 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import (
-    all_modules_have_hooks,
-    as_given,
-    as_map,
-    check_module,
-    forgive,
-    is_bare,
-    refuse_tracing,
-)
+from swinkernels.nn._features import as_given, as_map, check_module, forgive, refuse_tracing
+from swinkernels.nn._inner import all_modules_have_hooks, is_bare
 from swinkernels.ops._arguments import PAD_ORDERS, Ints, check_choice, check_ints, check_window
 from swinkernels.ops._fused_linear import joins
 from swinkernels.ops._library import autocast_dtype

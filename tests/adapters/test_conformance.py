@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.guards import CheckFunctionManager
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -337,6 +338,32 @@ def check_a_dynamic_batch(library: str, dynamic: bool | None = None) -> None:
     # With dynamic=True torch 2.14 compiles any model that reads a float, such as a norm's eps, twice: first with a
     # symbolic float, then with the constant. It remembers the names of such floats until the process ends.
     assert counts in ([1, 1, 1], [2, 2, 2] if dynamic else None)
+
+
+@pytest.mark.parametrize("library", long_but([n for n in FOREIGN if n != "timm-vit"], "timm", "torchvision-v2"))
+def test_a_compiled_block_has_about_as_many_guards_as_the_librarys(library, monkeypatch):
+    """torch evaluates the guards before every call; checks of hooks and methods once doubled their number."""
+    built: list[CheckFunctionManager] = []
+    build = CheckFunctionManager.__init__
+
+    def build_and_keep(manager: CheckFunctionManager, *given: Any, **options: Any) -> None:
+        build(manager, *given, **options)
+        built.append(manager)
+
+    monkeypatch.setattr(CheckFunctionManager, "__init__", build_and_keep)
+
+    def guards(model: nn.Module) -> int:
+        torch.compiler.reset()
+        built.clear()
+        with torch.no_grad():
+            torch.compile(model, fullgraph=True, backend="eager")(images(library))
+        (manager,) = (b.guard_manager for b in built)
+        return str(manager).count("\n")
+
+    few, many = (2, 1), (2, 3)
+    of_theirs = guards(original(library, depths=many)) - guards(original(library, depths=few))
+    of_ours = guards(on_ops(library, many)) - guards(on_ops(library, few))
+    assert 0 < of_ours <= 1.3 * of_theirs
 
 
 @pytest.mark.parametrize("library", long_but(LIBRARIES, "timm-v2-cr", "transformers", "mmpretrain", "mmpretrain-v2"))

@@ -230,6 +230,40 @@ def test_compile_follows_set_input_size_and_restore():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
 
 
+def _double(layer: nn.Module) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+CHANGES = {
+    "class of qkv": lambda block: setattr(block.attn, "qkv", LowRank(block.attn.qkv)),
+    "class of the activation": lambda block: setattr(block.mlp, "act", nn.ReLU()),
+    "forward of fc1": lambda block: _double(block.mlp.fc1),
+    "forward of norm2": lambda block: _double(block.norm2),
+    "eps": lambda block: setattr(block.norm1, "eps", 0.5),
+    "dropout": lambda block: setattr(block.mlp.drop1.train(), "p", 1.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_compiled_code_notices_a_changed_inner_module(change):
+    torch._dynamo.reset()
+    plain = make_model(depths=(2,), num_heads=(2,)).double().eval().layers[0].blocks[1]
+    fast = copy.deepcopy(plain)
+    swinkernels.accelerate(fast)
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    x = torch.randn(2, *plain.input_resolution, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = compiled(x)
+        torch.testing.assert_close(before, plain(x))
+        for block in (plain, fast):
+            torch.manual_seed(0)
+            CHANGES[change](block)
+        exact = plain(x)
+        assert not torch.allclose(exact, before)
+        torch.testing.assert_close(compiled(x), exact)
+
+
 @pytest.mark.slow
 def test_compile_with_inductor():
     torch._dynamo.reset()

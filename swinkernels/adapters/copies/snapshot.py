@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from swinkernels.adapters.adapter import derived_since, original_class
 from swinkernels.adapters.bypass import call_is_patched, is_bound_method
 from swinkernels.adapters.masks import holds
+from swinkernels.nn._inner import is_set_on_instance
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
@@ -279,7 +280,7 @@ class Snapshot:
             return f"{added[0]} was added to the instance"
         for name, kind, version, dim in self.leaves:
             leaf: Any = module._modules.get(name)
-            if type(leaf) is not kind or "forward" in leaf.__dict__ or leaf.__dict__.get("dim") != dim:
+            if type(leaf) is not kind or is_set_on_instance(leaf, "forward") or leaf.__dict__.get("dim") != dim:
                 return f"{name} was replaced or changed"
             forward, call, *_ = _CODES[kind][version]
             if kind.forward is not forward or call_is_patched(kind, call):
@@ -304,11 +305,11 @@ class Snapshot:
         for name, value in zip(self.names, self.values, strict=True):
             if isinstance(value, (bool, int, float, str)) and getattr(module, name) != value:
                 return f"{name} was changed"
-        if "forward" in module.__dict__ and "forward" not in self.known and "forward" not in self.bound:
+        if is_set_on_instance(module, "forward") and "forward" not in self.known and "forward" not in self.bound:
             return "forward was added to the instance"
         for name, kind, _, dim in self.leaves:
             leaf: Any = module._modules.get(name)
-            if type(leaf) is not kind or "forward" in leaf.__dict__ or leaf.__dict__.get("dim") != dim:
+            if type(leaf) is not kind or is_set_on_instance(leaf, "forward") or leaf.__dict__.get("dim") != dim:
                 return f"{name} was replaced or changed"
         return self.differs_in_buffers(module)
 

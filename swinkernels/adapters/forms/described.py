@@ -24,7 +24,6 @@ from swinkernels.adapters.adapter import Adapter, original_class, restore_class,
 from swinkernels.adapters.bypass import (
     all_modules_have_hooks,
     first_weight,
-    has_own_hooks,
     remove_hooks,
     replaced_forward,
 )
@@ -44,6 +43,7 @@ from swinkernels.adapters.copies.trial import (
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.masks import frame_of
 from swinkernels.adapters.part import Part, op_on
+from swinkernels.nn._inner import has_own_hooks
 from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 from swinkernels.window_spec import WindowSpec
 
