@@ -15,7 +15,7 @@ import torch
 from swinkernels import _extension
 from swinkernels._version import __version__
 from swinkernels.ops import _backends
-from swinkernels.ops._onednn import why_not_fused
+from swinkernels.ops._fused_linear import why_not_fused
 
 
 def _installed_version(package: str) -> str | None:

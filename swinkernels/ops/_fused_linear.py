@@ -5,9 +5,10 @@ result is traversed three or four times, in as many parallel regions. torch's on
 tile while the tile is still in registers, in float32, and rounds once.
 
 The ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take the place of
-oneDNN for more than one row and weights whose rows are contiguous, on CPUs without AMX: in float32 with AVX2, and in
-bfloat16 with AVX512_BF16. They have no derivative. They can normalise the rows that they read and, in an MLP, the rows
-of the result.
+oneDNN in float32 and bfloat16, for more than one row and weights whose rows are contiguous, on CPUs with AVX2 but
+without AMX. Without AVX512_BF16 they widen bfloat16 numbers to float32 and multiply those, which takes no longer than
+float32; oneDNN takes four times as long there, and with AVX2 it has no such product. The ops have no derivative. They
+can normalise the rows that they read and, in an MLP, the rows of the result.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from swinkernels.ops._library import (
     linear_dtype,
     register_without_derivative,
 )
-from swinkernels.ops._onednn import is_available, is_large
+from swinkernels.ops._onednn import is_large, is_undisturbed
 
 # norm is "", "pre" (of x) or, in fused_mlp, "post" (of the result, before the residual is added). If by_layers is true,
 # fc2 begins when fc1 has computed all rows (or many); if it is None, the op chooses the faster way.
@@ -84,26 +85,42 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+_KERNEL_DTYPES = frozenset([torch.float32, torch.bfloat16])
+
+
+@functools.cache
+def _instruction_set() -> str:
+    """Return the instruction set of the extension's kernels, or "baseline" if there are none."""
+    build = _extension.build
+    has_kernels = build is not None and build["has_cpu_kernels"]
+    return str(_extension.ops.cpu_instruction_set()) if has_kernels else "baseline"
+
+
 @functools.cache
 def _has_kernels(dtype: torch.dtype) -> bool:
     """Return True if the extension's kernels take the place of oneDNN: only where that has been measured.
 
-    With AVX-512, float32 has been measured on AMD's Zen 4 and 5 and on Intel's Ice Lake, and bfloat16 on Zen 5 (on
-    Zen 4 only its products). Neither has been measured with AMX.
+    With AVX-512, float32 has been measured on AMD's Zen 4 and 5 and on Intel's Ice Lake and Sapphire Rapids without
+    AMX, bfloat16 on Zen 5 (on Zen 4 only its products) and, widened, on the latter. Neither has been measured with AMX.
     """
-    build = _extension.build
-    if build is None or not build["has_cpu_kernels"]:
-        return False
-    instruction_set = _extension.ops.cpu_instruction_set()
-    if instruction_set.startswith("avx512") and torch.cpu._is_amx_tile_supported():
-        return False
-    if dtype == torch.bfloat16:
-        return instruction_set == "avx512_bf16"
-    return dtype == torch.float32 and instruction_set != "baseline"
+    instruction_set = _instruction_set()
+    has_amx = instruction_set.startswith("avx512") and torch.cpu._is_amx_tile_supported()
+    return instruction_set != "baseline" and not has_amx
+
+
+def why_not_fused(dtype: torch.dtype) -> str | None:
+    """Return the reason why fusing Linear layers of a dtype is impossible or no faster on this machine, or None."""
+    return None if dtype in _KERNEL_DTYPES and _has_kernels(dtype) else _onednn.why_not_fused(dtype)
+
+
+def _is_available(dtype: torch.dtype) -> bool:
+    """Return True if oneDNN or a kernel may now compute Linear layers of a dtype in place of torch's functions."""
+    return is_undisturbed() and why_not_fused(dtype) is None
 
 
 def _may_use_kernels(dtype: torch.dtype) -> bool:
-    return _has_kernels(dtype) and not (dtype == torch.float32 and _allows_bfloat16_products())
+    allowed = dtype == torch.bfloat16 or (dtype == torch.float32 and not _allows_bfloat16_products())
+    return allowed and _has_kernels(dtype)
 
 
 def _is_compiled() -> bool:
@@ -122,7 +139,7 @@ def _is_compiled() -> bool:
 @constant_when_compiled
 def _compiles_kernels(dtype: torch.dtype) -> bool:
     """Return True if compiled inference in a dtype may call the kernels."""
-    return _may_use_kernels(dtype) and is_available(dtype)
+    return is_undisturbed() and _may_use_kernels(dtype)
 
 
 def _has_kernels_for(x: Tensor, *weights: Tensor) -> bool:
@@ -138,10 +155,12 @@ def _are_readable_weights(x: Tensor, weights: Sequence[Tensor]) -> bool:
 def runs_alone(x: Tensor, weight: Tensor) -> bool:
     """Return True if the kernels, where they run, compute a Linear layer that is not part of a half faster than oneDNN.
 
-    In bfloat16 with fewer channels, writing the result takes the kernels longer. On two threads of an AMD EPYC (Zen 5)
-    they took 1.1 to 1.4 times as long for 96 channels, 0.9 to 1.2 times for 192, and 0.7 to 1.0 times for 384 and 768.
+    With AVX512_BF16 and few channels, writing the result takes the kernels longer. On two threads of an AMD EPYC (Zen
+    5) they took 1.1 to 1.4 times as long for 96 channels, 0.9 to 1.2 times for 192, and 0.7 to 1.0 times for 384 and
+    768.
     """
-    return is_large(x, weight) and (x.dtype == torch.float32 or weight.shape[1] >= 384)
+    is_slow = x.dtype == torch.bfloat16 and weight.shape[1] < 384 and _instruction_set() == "avx512_bf16"
+    return is_large(x, weight) and not is_slow
 
 
 def _allows_bfloat16_products() -> bool:
@@ -168,9 +187,10 @@ def linear(
     if on_kernels:
         norm_weight, norm_bias, eps, place = norm or NO_NORM
         return run(_LINEAR_OP, x, weight, bias, residual, norm_weight, norm_bias, gelu or "", place, eps)
-    if x.device.type == "cpu" and _is_fused(x, (weight, bias)):
+    is_fused = x.device.type == "cpu" and _is_fused(x, (weight, bias))
+    has_kernels = is_fused and _has_kernels_for(x, weight) and runs_alone(x, weight)
+    if has_kernels or (is_fused and _onednn.why_not_fused(x.dtype) is None):
         added = residual if residual is not None and _can_be_added(residual, x, weight) else None
-        has_kernels = _has_kernels_for(x, weight) and runs_alone(x, weight)
         if norm is not None and not (has_kernels and _are_like(x, norm.weight, norm.bias)):
             x, norm = layer_norm(x, *norm[:3]), None
         if has_kernels:
@@ -246,7 +266,7 @@ _LARGE, _PIECE = 32 << 20, 8 << 20
 
 def fuses(x: Tensor) -> bool:
     """Return True if a module with input ``x`` should call :func:`linear`: in eager CPU inference, if that is fused."""
-    return _is_inference(x) and is_plain((x,)) and is_available(x.dtype)
+    return _is_inference(x) and is_plain((x,)) and _is_available(x.dtype)
 
 
 def _is_inference(x: Tensor) -> bool:
@@ -272,7 +292,7 @@ def _are_readable(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
     return (
         is_plain(tensors)
         and not any_requires_grad(tensors)
-        and is_available(x.dtype)
+        and _is_available(x.dtype)
         and _PLACE.issuperset((t.layout, t.device) for t in tensors if t is not None)
         and linear_dtype(x) == x.dtype
     )
@@ -289,9 +309,6 @@ def _is_fused(x: Tensor, *layers: Layer) -> bool:
         and all(one.shape[0] == other.shape[1] for (one, _), (other, _) in itertools.pairwise(layers))
         and x.shape[-1] == layers[0][0].shape[1]
     )
-
-
-_KERNEL_DTYPES = frozenset([torch.float32, torch.bfloat16])
 
 
 def fit_kernels(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
@@ -316,7 +333,7 @@ def run_on_kernels(x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Tenso
     return (
         is_plain(tensors)  # first, because a compiler cannot trace the others
         and not any_requires_grad(tensors)
-        and is_available(x.dtype)
+        and is_undisturbed()
         and _has_kernels_for(x, *weights)
     )
 
@@ -335,7 +352,7 @@ def _are_like(x: Tensor, *tensors: Tensor | None) -> bool:
 
 
 def _is_one_op(x: Tensor, fc1: Layer, fc2: Layer, residual: Tensor | None, norm: Norm | None) -> bool:
-    if not (x.device.type == "cpu" and is_plain((x,)) and is_available(x.dtype) and _has_kernels(x.dtype)):
+    if not (x.device.type == "cpu" and is_plain((x,)) and is_undisturbed() and _may_use_kernels(x.dtype)):
         return False  # first, because a compiler cannot trace the others
     is_paired = x.dtype == torch.float32 or fc2[0].shape[0] % 2 == 0  # as the norm of the result requires
     return (

@@ -24,7 +24,7 @@ _LOW = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_
 
 @functools.cache
 def why_not_fused(dtype: torch.dtype) -> str | None:
-    """Return the reason why fusing Linear layers of a dtype is impossible or no faster on this machine, or None."""
+    """Return the reason why oneDNN cannot fuse Linear layers of a dtype, or not faster, on this machine, or None."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "torch was built without oneDNN"
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -54,10 +54,14 @@ _FUNCTIONS = F.linear, F.gelu, F.layer_norm
 
 
 def is_available(dtype: torch.dtype) -> bool:
-    """Return True if oneDNN or a kernel may now compute Linear layers of a dtype in place of torch's functions."""
-    if torch.jit.is_tracing():  # first, because a tracer refuses the ops that the cached functions call
-        return False
-    return why_not_fused(dtype) is None and bool(torch.backends.mkldnn.enabled) and not _is_intercepted()
+    """Return True if oneDNN may now compute Linear layers of a dtype in place of torch's functions."""
+    return is_undisturbed() and why_not_fused(dtype) is None
+
+
+def is_undisturbed() -> bool:
+    """Return True unless a tracer, a mode or the user's settings require torch's own functions now."""
+    # A tracer also refuses the ops that cached functions call, so callers must check this first.
+    return not torch.jit.is_tracing() and bool(torch.backends.mkldnn.enabled) and not _is_intercepted()
 
 
 def _is_intercepted() -> bool:

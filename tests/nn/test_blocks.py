@@ -25,7 +25,7 @@ from swinkernels import nn as sn
 from swinkernels import window_attention_qkvpacked
 from swinkernels.adapters.masks import window_index
 from swinkernels.models import SwinTransformer
-from swinkernels.ops._onednn import why_not_fused
+from swinkernels.ops._fused_linear import why_not_fused
 from tests.support.fused_products import always_fused, fused_calls
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 from tests.support.published_forms import ClassificationBlock, ClassificationBlockV2

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 import swinkernels
 from swinkernels import _extension
 from swinkernels.ops import _fused_linear, _onednn
+from swinkernels.ops._fused_linear import Norm
 from swinkernels.testing import assert_within_budget
 from tests.support.fused_products import computed_by_layers, fused_calls
 
@@ -26,7 +27,7 @@ def trains_on_torchs_products(monkeypatch) -> None:
 
 
 def need_fused(dtype: torch.dtype) -> None:
-    reason = _onednn.why_not_fused(dtype)
+    reason = _fused_linear.why_not_fused(dtype)
     if reason is not None:
         pytest.skip(reason)
 
@@ -79,18 +80,50 @@ def test_results(gelu, is_added, has_bias, dtype, either, monkeypatch):
     assert_within_budget(y, exact, lambda: plain(*(t.float() if isinstance(t, Tensor) else t for t in given)))
 
 
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("channels", [64, 384])
-def test_kernels_compute_a_layer_alone(channels, monkeypatch):
-    """In float32, and in bfloat16 with many channels; else oneDNN does."""
+def test_kernels_compute_a_layer_alone(channels, instruction_set, monkeypatch):
+    """All but layers of few channels in bfloat16 where oneDNN has products of bfloat16, which computes those."""
     if _extension.error is not None:
         pytest.skip(_extension.error)
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(_fused_linear, "_instruction_set", lambda: instruction_set)
     for dtype in (torch.float32, torch.bfloat16):
         need_fused(dtype)
         with fused_calls() as called:
             _fused_linear.linear(torch.ones(1000, channels, dtype=dtype), torch.ones(384, channels, dtype=dtype), None)
-        on_kernels = dtype == torch.float32 or channels == 384
+        on_kernels = dtype == torch.float32 or channels == 384 or instruction_set != "avx512_bf16"
         assert called == ["swinkernels::fused_linear" if on_kernels else "mkldnn::_linear_pointwise"]
+
+
+def test_bfloat16_where_only_kernels_have_products(monkeypatch):
+    """With AVX2, torch's oneDNN has no product of bfloat16: what the kernels do not compute is left to torch."""
+    if _extension.error is not None:
+        pytest.skip(_extension.error)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(_fused_linear, "_instruction_set", lambda: "avx2")
+    monkeypatch.setattr(_onednn, "why_not_fused", lambda dtype: "no product" if dtype == torch.bfloat16 else None)
+    assert _fused_linear.why_not_fused(torch.bfloat16) is None
+    with torch.no_grad():
+        assert _fused_linear.fuses(torch.ones(4, 4, dtype=torch.bfloat16))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    for rows, channels, hidden, kernel in ((1000, 64, 128, True), (1000, 63, 127, False), (1, 64, 128, False)):
+        x, w1, w2, bias = random(rows, channels), random(hidden, channels), random(channels, hidden), random(channels)
+        given = {"gelu": "none", "residual": x, "norm": Norm(None, None, 1e-5)}
+        layers = w1, bias.new_zeros(hidden), w2, bias
+        with fused_calls() as called:
+            y = _fused_linear.linear(x, w1, None, gelu="none")
+            z = _fused_linear.mlp(x, layers[:2], layers[2:], **given)
+        assert called == (["swinkernels::fused_linear", *["swinkernels::fused_mlp"] * 2] if kernel else [])
+        exact_y = F.gelu(x.double() @ w1.double().T)
+        normed = F.layer_norm(x.double(), (channels,))
+        exact_z = x.double() + F.gelu(normed @ w1.double().T) @ w2.double().T + bias.double()
+        for got, exact in ((y, exact_y), (z, exact_z)):
+            assert (got - exact).norm() <= 2**-7 * exact.norm()
 
 
 def test_other_strides(either):

@@ -197,8 +197,8 @@ def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inference_on_the_kernels_of_linear_layers(op, norm, given, residual, by_layers, dtype, monkeypatch):
     """Both halves run on the CPU kernels in one pass or, if their batch has few rows, layer by layer."""
-    if _onednn.why_not_fused(dtype) is not None:
-        pytest.skip(_onednn.why_not_fused(dtype))
+    if _fused_linear.why_not_fused(dtype) is not None:
+        pytest.skip(_fused_linear.why_not_fused(dtype))
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
     tensors, options = case(op, norm=norm, full="layer scale" in given)
     if "drop path" not in given:

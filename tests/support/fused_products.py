@@ -16,7 +16,7 @@ from torch import Tensor
 from swinkernels import _extension
 from swinkernels.adapters import halves, linear_layers
 from swinkernels.adapters.copies import block
-from swinkernels.ops import _fused_attention, _fused_linear, _onednn
+from swinkernels.ops import _fused_attention, _fused_linear
 from swinkernels.ops._library import is_plain
 
 # Not attributes of swinkernels.ops, which has functions of the same names.
@@ -54,8 +54,8 @@ def modules_seen_by_hooks() -> Iterator[list[str]]:
 
 
 def run_kernels_anywhere(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32) -> None:
-    """Make modules use the CPU kernels on every processor, or skip the test if torch's oneDNN lacks the dtype here."""
-    reason = _extension.error or _onednn.why_not_fused(dtype)
+    """Make modules use the CPU kernels on every processor, or skip the test if nothing fuses the dtype here."""
+    reason = _extension.error or _fused_linear.why_not_fused(dtype)
     if reason is not None:
         pytest.skip(str(reason))
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)

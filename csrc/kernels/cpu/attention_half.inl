@@ -60,7 +60,7 @@ struct AttentionHalf {
   float* attended;                   // (num_heads * head_dim, stride), as units
   float* qkv;                        // (3, head_dim, stride); q and k become units
   float* scores;                     // (N, block)
-  Element* values;                   // (head_dim, values_stride): v of one window and head
+  Units::Element* values;            // (head_dim, values_stride): v of one window and head
   int64_t values_stride;             // N rounded up to whole vectors of units
   float* output;                     // (head_dim, block): of attention, for one window and head
   float *lse, *reciprocal;           // (block)
@@ -79,7 +79,7 @@ struct AttentionHalf {
     qkv = arena.take<float>(3 * sizes.dim * groups.stride);
     scores = arena.take<float>(sizes.scores());
     values_stride = round_up(sizes.keys, kLanes * kNumbers);
-    values = arena.take<Element>(kNumbers > 1 ? sizes.dim * values_stride : 0);
+    values = arena.take<Units::Element>(kNumbers > 1 ? sizes.dim * values_stride : 0);
     output = arena.take<float>(sizes.dim * sizes.block);
     lse = arena.take<float>(sizes.block);
     reciprocal = arena.take<float>(sizes.block);
@@ -150,7 +150,7 @@ void normalise_columns(int64_t count, float factor, int64_t width, int64_t strid
     for (int64_t c = 0; c < count; c += kNumbers) {
       Vec x[kNumbers];
       for (int n = 0; n < kNumbers; ++n) x[n] = load(panel + (c + n) * stride + v) * scale * factor;
-      store(panel + c / kNumbers * stride + v, Units::join(x));
+      store(panel + c / kNumbers * stride + v, Stored::join(x));
     }
   }
 }
@@ -164,12 +164,12 @@ void project_head(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64
     const float factor = part == 0 ? score_factor(p.attention, head) : 1.0f;
     multiply_columns(p.qkv[part], head * dim, dim, s.x, panel, width, stride);
     if (part == 2) {  // with units of two numbers, pack_values adds the bias
-      if constexpr (kNumbers == 1) add_bias<Units>(p.qkv[part], head * dim, dim, 1.0f, width, stride, panel);
+      if constexpr (kNumbers == 1) add_bias<Stored>(p.qkv[part], head * dim, dim, 1.0f, width, stride, panel);
     } else if (cosine) {
       add_bias<Float32Units>(p.qkv[part], head * dim, dim, 1.0f, width, stride, panel);
       normalise_columns(dim, factor, width, stride, panel);
     } else {
-      add_bias<Units>(p.qkv[part], head * dim, dim, factor, width, stride, panel);
+      add_bias<Stored>(p.qkv[part], head * dim, dim, factor, width, stride, panel);
     }
   }
 }
@@ -179,8 +179,11 @@ void project_head(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64
   const int64_t dim = s.sizes.dim, keys = s.sizes.keys;
   for (int64_t d = 0; d < dim; ++d) {
     const Vec bias = bias_of(layer, head * dim + d);
-    Element* row = s.values + d * s.values_stride;
-    for (int64_t i = 0; i < keys; i += kLanes) store_elements(row + i, load(v + d * s.groups.stride + i) + bias);
+    Units::Element* row = s.values + d * s.values_stride;
+    for (int64_t i = 0; i < keys; i += kLanes) {
+      *reinterpret_cast<Units::Format::Memory*>(row + i) =
+          Units::Format::narrow(load(v + d * s.groups.stride + i) + bias);
+    }
     if (keys % kNumbers != 0) row[keys] = 0;
   }
 }
@@ -193,10 +196,11 @@ void attend(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t w, 
   if constexpr (kNumbers > 1) pack_values(p.qkv[2], head, v, s);
   for (int64_t b = 0; b < sizes.blocks; ++b) {
     const int64_t first = b * sizes.block, queries = sizes.queries(b), width = round_up(queries, kLanes);
-    matmul<true, Units>(sizes.keys, width, dim / kNumbers, reinterpret_cast<const Element*>(k), stride * kNumbers,
-                        q + first, stride, s.bias.block(s.bias_types[w], head, b), s.scores, sizes.block);
+    matmul<true, Units>(sizes.keys, width, dim / kNumbers, reinterpret_cast<const Units::Element*>(k),
+                        stride * kNumbers, q + first, stride, s.bias.block(s.bias_types[w], head, b), s.scores,
+                        sizes.block);
     add_mask(p.attention, sizes, s.masked[w], s.regions + at, b, s.scores);
-    softmax<Units>(sizes, queries, s.scores, s.lse, s.reciprocal);
+    softmax<Stored>(sizes, queries, s.scores, s.lse, s.reciprocal);
     if constexpr (kNumbers > 1) {
       matmul<false, Units>(dim, width, (sizes.keys + 1) / kNumbers, s.values, s.values_stride, s.scores, sizes.block,
                            nullptr, s.output, sizes.block);
@@ -210,7 +214,7 @@ void attend(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t w, 
       for (int64_t c = 0; c < dim; c += kNumbers) {
         Vec x[kNumbers];
         for (int n = 0; n < kNumbers; ++n) x[n] = load(s.output + (c + n) * sizes.block + i) * reciprocal;
-        store(out + c / kNumbers * stride + i, Units::join(x));
+        store(out + c / kNumbers * stride + i, Stored::join(x));
       }
     }
   }
@@ -241,7 +245,7 @@ void attention_half(const AttentionHalfParams<Element>& p, int64_t* next, void* 
     find_group(p, s, first, count);
     pack([&](int64_t r) { return s.x_offsets[r] == kPad ? s.zeros : x + s.x_offsets[r]; }, rows, units, s.x, stride);
     if (p.norm.given) {
-      normalise<Units>(p.norm, p.channels, width, s.x, stride);
+      normalise<Stored>(p.norm, p.channels, width, s.x, stride);
       for (int64_t r = 0; r < rows; ++r) {
         if (s.x_offsets[r] != kPad) continue;
         for (int64_t u = 0; u < units; ++u) s.x[u * stride + r] = 0.0f;

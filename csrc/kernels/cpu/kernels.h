@@ -81,6 +81,8 @@ extern const LayerKernels<uint16_t> kBaselineBFloat16Kernels;
 #ifdef __x86_64__
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const LayerKernels<uint16_t> kAvx2WidenedKernels;
+extern const LayerKernels<uint16_t> kAvx512WidenedKernels;
 extern const LayerKernels<uint16_t> kAvx512BFloat16Kernels;
 #endif
 

@@ -100,7 +100,7 @@ void pack_rows(const Element* x, int64_t stride, const Block& block, const Panel
   }
   for (int64_t r = 0; r < block.tail; ++r) {
     const Element* row = x + (block.first + block.rows + r) * stride;
-    for (int64_t u = 0; u < panels.height; ++u) __builtin_memcpy(panels.tail_row(r) + u, row + u * kNumbers, 4);
+    for (int64_t u = 0; u < panels.height; ++u) panels.tail_row(r)[u] = load_unit(row + u * kNumbers);
   }
 }
 
@@ -166,7 +166,8 @@ void pack_patches(const Element* x, PatchRows& rows, const Block& block, const P
   rows.move_to(x, block.first + block.rows, block.tail);
   for (int64_t r = 0; r < block.tail; ++r) {
     for (int64_t n = 0; n < p.count; ++n) {
-      __builtin_memcpy(panels.tail_row(r) + n * units, rows.piece(r, p.pieces[n]), units * sizeof(float));
+      const Element* piece = rows.piece(r, p.pieces[n]);
+      for (int64_t u = 0; u < units; ++u) panels.tail_row(r)[n * units + u] = load_unit(piece + u * kNumbers);
     }
   }
 }
@@ -175,10 +176,10 @@ void pack_patches(const Element* x, PatchRows& rows, const Block& block, const P
 // products is y + r * y_stride and has room for `count` rounded up to whole vectors; if `adds`, the products are added to
 // it. Each sum adds the same products in the same order as in a panel, so a row's result does not depend on its place.
 template <int kRows>
-void multiply_rows(const Element* weight, int64_t stride, int64_t count, int64_t depth, const float* x,
+void multiply_rows(const Units::Element* weight, int64_t stride, int64_t count, int64_t depth, const float* x,
                    int64_t x_stride, float* y, int64_t y_stride, bool adds) {
   for (int64_t c = 0; c < count; c += kLanes) {
-    const Element* from[kLanes];
+    const Units::Element* from[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) from[i] = weight + smaller(c + i, count - 1) * stride;
     Vec sums[kRows] = {};
     int64_t u = 0;
@@ -197,7 +198,7 @@ void multiply_rows(const Element* weight, int64_t stride, int64_t count, int64_t
     }
     for (; u < depth; ++u) {
       float column[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) __builtin_memcpy(column + i, from[i] + u * kNumbers, sizeof(float));
+      for (int64_t i = 0; i < kLanes; ++i) column[i] = load_unit(from[i] + u * kNumbers);
       for (int r = 0; r < kRows; ++r) {
         sums[r] = Units::add_products(sums[r], splat(x[r * x_stride + u]), load(column));
       }
@@ -222,16 +223,15 @@ SWINKERNELS_INLINE void multiply_tail(int64_t rows, Arguments... arguments) {
 // to them.
 void multiply(const Layer& layer, int64_t first, int64_t count, int64_t unit, int64_t depth, const Block& block,
               const Panels& x, int64_t x_unit, const Panels& y, int64_t y_channel, bool adds) {
-  const int64_t channel = unit * kNumbers;
-  const Element* weight = layer.weight + first * layer.row_stride + channel;
+  const Slice<Stored, Units> slice(layer, first, count, unit, depth);
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t width = block.width_of(i);
     float* sums = y.at(i) + y_channel * width;
-    matmul_fetching<Units>(count, width, depth, weight, layer.row_stride, x.at(i) + x_unit * width, width,
-                           adds ? sums : nullptr, sums, width, i == 0 ? next_slice(layer, first, channel) : nullptr);
+    matmul_fetching<Units>(count, width, depth, slice.data(), slice.stride(), x.at(i) + x_unit * width, width,
+                           adds ? sums : nullptr, sums, width, i == 0 ? slice.next() : nullptr);
   }
   if (block.tail > 0) {
-    multiply_tail<kMaxTail>(block.tail, weight, layer.row_stride, count, depth, x.tail + x_unit, x.tail_stride,
+    multiply_tail<kMaxTail>(block.tail, slice.data(), slice.stride(), count, depth, x.tail + x_unit, x.tail_stride,
                             y.tail + y_channel, y.tail_stride, adds);
   }
 }
@@ -276,7 +276,7 @@ void activate_all(const Layer& layer, int64_t first, int64_t count, const Block&
     for (int64_t c = 0; c < count; c += kLanes) {
       float* row = y.tail_row(r);
       const Vec x = activate(load(row + c) + biases_of(layer, first + c, smaller(kLanes, count - c)), kActivation);
-      *reinterpret_cast<typename PanelUnits::Format::Memory*>(row + c / kOfUnit) = PanelUnits::Format::narrow(x);
+      PanelUnits::store(row + c / kOfUnit, x);
     }
   }
 }
@@ -358,7 +358,7 @@ void linear_as(const LinearParams<Element>& p, int64_t* next, void* memory) {
       } else {
         pack_rows(p.x, p.x_stride, block, s.x);
       }
-      if (p.norm.given) normalise_block<Units>(p.norm, layer.in_features, block, s.x);
+      if (p.norm.given) normalise_block<Stored>(p.norm, layer.in_features, block, s.x);
     }
     const int64_t begin = task % tasks.per_block * tasks.columns;
     const int64_t end = smaller(begin + tasks.columns, layer.out_features);
@@ -396,12 +396,12 @@ void mlp_as(const MlpParams<Element>& p, int64_t* next, void* memory) {
     if (task >= blocks.count) return;
     const Block block(blocks, task);
     pack_rows(p.x, p.x_stride, block, s.x);
-    if (p.norm.given) normalise_block<Units>(p.norm, p.fc1.in_features, block, s.x);
+    if (p.norm.given) normalise_block<Stored>(p.norm, p.fc1.in_features, block, s.x);
     int64_t h = 0;
     do {  // once if there are no hidden channels
       const int64_t depth = smaller(kHidden, p.fc1.out_features - h);
       multiply_all(p.fc1, h, depth, block, s.x, s.hidden);
-      activate_all<kActivation, Units>(p.fc1, h, depth, block, s.hidden);
+      activate_all<kActivation, Stored>(p.fc1, h, depth, block, s.hidden);
       const int64_t units = depth / kNumbers;
       for (int64_t c = 0; c < out; c += kColumns) {
         int64_t u = 0;

@@ -105,10 +105,18 @@ const LayerKernels<float>& layer_kernels() {
 
 template <>
 const LayerKernels<uint16_t>& layer_kernels() {
+  switch (chosen_instruction_set()) {
 #ifdef __x86_64__
-  if (chosen_instruction_set() == InstructionSet::kAvx512BFloat16) return kAvx512BFloat16Kernels;
+    case InstructionSet::kAvx512BFloat16:
+      return kAvx512BFloat16Kernels;
+    case InstructionSet::kAvx512:
+      return kAvx512WidenedKernels;
+    case InstructionSet::kAvx2:
+      return kAvx2WidenedKernels;
 #endif
-  return kBaselineBFloat16Kernels;
+    default:
+      return kBaselineBFloat16Kernels;
+  }
 }
 
 const char* instruction_set() { return name(chosen_instruction_set()); }

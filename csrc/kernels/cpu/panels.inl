@@ -4,17 +4,19 @@
 // its sums are a panel of channels. In float32 both are the same.
 //
 // Before it includes this file, a source file defines
-//   SWINKERNELS_UNITS    Float32Units or BFloat16Units, for the format of all rows, weights and biases
+//   SWINKERNELS_UNITS    Float32Units, BFloat16Units or WidenedUnits, for the format of all rows, weights and biases
 #pragma once
 #include "arena.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
 
-using Units = SWINKERNELS_UNITS;
-using Format = Units::Format;
-using Element = Units::Element;
+using Stored = SWINKERNELS_UNITS;  // in rows and weights
+using Units = Stored::InPanel;     // in panels
+using Format = Stored::Format;
+using Element = Stored::Element;
 constexpr int64_t kNumbers = Units::kNumbers;  // in a unit
+constexpr bool kIsFloat32 = sizeof(Element) == sizeof(float);
 using Layer = LinearLayer<Element>;
 
 SWINKERNELS_INLINE Vec load_elements(const Element* from) {
@@ -38,11 +40,30 @@ constexpr int64_t kColumns = 48 * kNumbers;
 // would with more, but the rounding errors of a sum grow with its length.
 constexpr int64_t kDepth = kLanes == 16 ? 128 : 256;
 
+// Return a vector of consecutive units, and one unit, of a row in memory or of a row of units.
+template <class From>
+SWINKERNELS_INLINE Vec load_units(const From* from) {
+  if constexpr (sizeof(From) == sizeof(float))
+    return load(from);
+  else
+    return Stored::load(from);
+}
+template <class From>
+SWINKERNELS_INLINE float load_unit(const From* from) {
+  float unit;
+  if constexpr (sizeof(From) == sizeof(float) || kNumbers > 1) {
+    __builtin_memcpy(&unit, from, sizeof(unit));
+  } else {
+    unit = widen(*from);
+  }
+  return unit;
+}
+
 // panel (units, stride) = the transpose of row(0) ... row(rows - 1), which are pointers to `units` units.
 template <class Row>
 SWINKERNELS_INLINE void pack(Row row, int64_t rows, int64_t units, float* panel, int64_t stride) {
   using From = decltype(row(0));
-  constexpr int64_t kUnit = sizeof(float) / sizeof(*From());
+  constexpr int64_t kUnit = sizeof(*From()) == sizeof(float) ? 1 : kNumbers;
   const int64_t width = round_up(rows, kLanes), whole = units / kLanes * kLanes;
   for (int64_t v = 0; v < width; v += kLanes) {
     From from[kLanes];  // the last row takes the place of rows that do not exist
@@ -56,8 +77,7 @@ SWINKERNELS_INLINE void pack(Row row, int64_t rows, int64_t units, float* panel,
       for (int r = 0; r < kLanes; ++r) store(panel + (u + r) * stride + v, block[r]);
     }
     for (int64_t u = whole; u < units; ++u) {
-      for (int64_t r = 0; r < kLanes; ++r)
-        __builtin_memcpy(panel + u * stride + v + r, from[r] + u * kUnit, sizeof(float));
+      for (int64_t r = 0; r < kLanes; ++r) panel[u * stride + v + r] = load_unit(from[r] + u * kUnit);
     }
   }
 }
@@ -157,7 +177,7 @@ SWINKERNELS_INLINE Vec gelu_tanh(Vec x) {
 }
 
 SWINKERNELS_INLINE Vec activate(Vec x, Activation activation) {
-  if (activation == Activation::kGelu) return kNumbers == 1 ? gelu(x) : gelu_low(x);
+  if (activation == Activation::kGelu) return kIsFloat32 ? gelu(x) : gelu_low(x);
   return activation == Activation::kGeluTanh ? gelu_tanh(x) : x;
 }
 
@@ -170,6 +190,46 @@ const Element* next_slice(const Layer& layer, int64_t row, int64_t channel) {
   return layer.weight + next_row * layer.row_stride + (same_rows ? channel + kSlice : 0);
 }
 
+// `count` rows of a weight, from the row `first` on, and their units from `unit` on, at most kColumns and kDepth, as a
+// product reads them: where they lie or, if that differs from the units of a panel, converted.
+template <class InMemory, class InPanel>
+struct Slice {
+  float units[kColumns * kDepth];
+  static constexpr int64_t kStride = kDepth;
+
+  Slice(const Layer& layer, int64_t first, int64_t count, int64_t unit, int64_t depth) {
+    const Element *weight = layer.weight + first * layer.row_stride + unit, *next = next_slice(layer, first, unit);
+    for (int64_t r = 0; r < count; ++r) {
+      const Element *from = weight + r * layer.row_stride, *fetched = next + r * layer.row_stride;
+      float* to = units + r * kDepth;
+      int64_t u = 0;
+      for (; u + 2 * kLine <= depth; u += 2 * kLine) {
+        __builtin_prefetch(fetched + u);
+        for (int64_t i = u; i < u + 2 * kLine; i += kLanes) store(to + i, InMemory::load(from + i));
+      }
+      for (; u < depth; ++u) to[u] = widen(from[u]);
+    }
+  }
+  const float* data() const { return units; }
+  int64_t stride() const { return kDepth; }
+  const float* next() const { return nullptr; }
+};
+
+template <class Same>
+struct Slice<Same, Same> {
+  const Element *weight, *following;
+  int64_t row_stride;
+
+  Slice(const Layer& layer, int64_t first, int64_t, int64_t unit, int64_t)
+      : weight(layer.weight + first * layer.row_stride + unit * kNumbers),
+        following(next_slice(layer, first, unit * kNumbers)),
+        row_stride(layer.row_stride) {}
+  const Element* data() const { return weight; }
+  int64_t stride() const { return row_stride; }
+  // The part of the weight that the next product reads, which may be fetched.
+  const Element* next() const { return following; }
+};
+
 // y (count, stride) = rows [first, first + count) of the layer's weight times the panel x of units, for `width` columns.
 void multiply_columns(const Layer& layer, int64_t first, int64_t count, const float* x, float* y, int64_t width,
                       int64_t stride) {
@@ -177,11 +237,11 @@ void multiply_columns(const Layer& layer, int64_t first, int64_t count, const fl
   for (int64_t c = 0; c < count; c += kColumns) {
     int64_t u = 0;
     do {  // once if there are no input channels
-      const int64_t channel = u * kNumbers;
+      const int64_t columns = smaller(kColumns, count - c), depth = smaller(kDepth, units - u);
+      const Slice<Stored, Units> slice(layer, first + c, columns, u, depth);
       float* sums = y + c * stride;
-      matmul_fetching<Units>(smaller(kColumns, count - c), width, smaller(kDepth, units - u),
-                             layer.weight + (first + c) * layer.row_stride + channel, layer.row_stride, x + u * stride,
-                             stride, u > 0 ? sums : nullptr, sums, stride, next_slice(layer, first + c, channel));
+      matmul_fetching<Units>(columns, width, depth, slice.data(), slice.stride(), x + u * stride, stride,
+                             u > 0 ? sums : nullptr, sums, stride, slice.next());
       u += kDepth;
     } while (u < units);
   }

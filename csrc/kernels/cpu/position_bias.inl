@@ -51,7 +51,7 @@ void position_bias(const PositionBiasParams<Element>& p, int64_t* next, void* me
           x[n] = load(s.hidden + (c + n) * width + v) + bias[n];
           x[n] = x[n] < Vec{} ? Vec{} : x[n];  // NaN stays NaN
         }
-        store(s.hidden + c / kNumbers * width + v, Units::join(x));
+        store(s.hidden + c / kNumbers * width + v, Stored::join(x));
       }
     }
     multiply_columns(p.fc2, 0, heads, s.hidden, s.scores, width, width);

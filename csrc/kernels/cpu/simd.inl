@@ -68,14 +68,18 @@ SWINKERNELS_INLINE Int first_lanes(int64_t count) {
 
 SWINKERNELS_INLINE Vec widen_bfloat16(HalfBits h) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }
 
+SWINKERNELS_INLINE Vec round_to_bfloat16(Vec x) {
+  const Bits bits = (Bits)x;
+  const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  const Bits quiet_nan = bits | 0x400000;
+  return (Vec)(((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded) & 0xffff0000u);
+}
+
 SWINKERNELS_INLINE HalfBits narrow_bfloat16(Vec x) {
 #ifdef SWINKERNELS_BF16
   return (HalfBits)_mm512_cvtneps_pbh((__m512)x);  // subnormal numbers become 0
 #else
-  const Bits bits = (Bits)x;
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const Bits quiet_nan = (bits >> 16) | 0x40;
-  return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded, HalfBits);
+  return __builtin_convertvector((Bits)round_to_bfloat16(x) >> 16, HalfBits);
 #endif
 }
 
@@ -309,12 +313,16 @@ SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t colu
 // A unit is the 4 bytes that one lane of a product multiplies: one float32 number, or two bfloat16 numbers, whose two
 // products are added. A vector of units has the type Vec.
 struct Float32Units {
-  using Format = Float32;
+  using Format = Float32;  // of rows and weights in memory
   using Element = float;
+  using InPanel = Float32Units;       // what a product multiplies
   static constexpr int kNumbers = 1;  // in a unit
+  static SWINKERNELS_INLINE Vec load(const float* from) { return SWINKERNELS_ISA::load(from); }
   static SWINKERNELS_INLINE Vec add_products(Vec sums, Vec a, Vec b) { return sums + a * b; }
   static SWINKERNELS_INLINE void split(Vec units, Vec (&numbers)[1]) { numbers[0] = units; }
   static SWINKERNELS_INLINE Vec join(const Vec (&numbers)[1]) { return numbers[0]; }
+  // Stores the units of consecutive numbers.
+  static SWINKERNELS_INLINE void store(float* to, Vec numbers) { SWINKERNELS_ISA::store(to, numbers); }
   // Returns exp(x) as exactly as the format needs, for x of at most 0.
   static SWINKERNELS_INLINE Vec exp(Vec x) { return SWINKERNELS_ISA::exp(x); }
 };
@@ -322,7 +330,13 @@ struct Float32Units {
 struct BFloat16Units {
   using Format = BFloat16;
   using Element = uint16_t;
+  using InPanel = BFloat16Units;
   static constexpr int kNumbers = 2;
+  static SWINKERNELS_INLINE Vec load(const uint16_t* from) {
+    Vec units;
+    __builtin_memcpy(&units, from, sizeof(units));
+    return units;
+  }
   static SWINKERNELS_INLINE Vec add_products(Vec sums, Vec a, Vec b) {
 #ifdef SWINKERNELS_BF16
     return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
@@ -345,6 +359,9 @@ struct BFloat16Units {
     return (Vec)(low | __builtin_convertvector(narrow_bfloat16(numbers[1]), Bits) << 16);
 #endif
   }
+  static SWINKERNELS_INLINE void store(float* to, Vec numbers) {
+    *reinterpret_cast<HalfMemory*>(to) = narrow_bfloat16(numbers);
+  }
   static SWINKERNELS_INLINE Vec exp(Vec x) { return exp_low(x); }
 
  private:
@@ -358,13 +375,25 @@ struct BFloat16Units {
 #endif
 };
 
-// Return a vector of consecutive units, and a vector whose lanes are all equal to one unit.
-template <class Element>
-SWINKERNELS_INLINE Vec load_units(const Element* from) {
-  Vec units;
-  __builtin_memcpy(&units, from, sizeof(units));
-  return units;
-}
+// bfloat16 numbers that become float32 numbers before they are multiplied, for CPUs without products of bfloat16. join and
+// store round to bfloat16 first, so that the factors of a product are the same numbers on all CPUs.
+struct WidenedUnits {
+  using Format = BFloat16;
+  using Element = uint16_t;
+  using InPanel = Float32Units;
+  static constexpr int kNumbers = 1;
+  static SWINKERNELS_INLINE Vec load(const uint16_t* from) {
+    return widen_bfloat16(*reinterpret_cast<const HalfMemory*>(from));
+  }
+  static SWINKERNELS_INLINE void split(Vec units, Vec (&numbers)[1]) { numbers[0] = units; }
+  static SWINKERNELS_INLINE Vec join(const Vec (&numbers)[1]) { return round_to_bfloat16(numbers[0]); }
+  static SWINKERNELS_INLINE void store(float* to, Vec numbers) {
+    SWINKERNELS_ISA::store(to, round_to_bfloat16(numbers));
+  }
+  static SWINKERNELS_INLINE Vec exp(Vec x) { return exp_low(x); }
+};
+
+// Returns a vector whose lanes are all equal to one unit.
 template <class Element>
 SWINKERNELS_INLINE Vec splat_unit(const Element* from) {
   float unit;
