@@ -130,7 +130,8 @@ watch(nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear)
 watch(nn.ReLU, nn.Sequential, nn.Softmax, nn.Unfold)
 
 
-# In compiled code, classes and hooks count as constants: guards on them would take as long as all of a block's others.
+# In compiled code, methods of classes count as constants. A function of modules must not be marked like this: torch
+# would guard on their identity, so that equal blocks could not share compiled code.
 @constant_when_compiled
 def _methods_of(kind: Any) -> tuple[str, ...]:
     """Return the names of the methods of a class that an attribute of an instance may replace."""
@@ -190,7 +191,6 @@ def weight_and_bias(layer: Any) -> tuple[Any, Any]:
     return (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (layer.weight, layer.bias)
 
 
-@constant_when_compiled
 def has_hooks(module: nn.Module) -> bool:
     """Return True if a call of the module would run one of its hooks or a global hook."""
     return has_own_hooks(module) or all_modules_have_hooks()

@@ -7,8 +7,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
-from swinkernels.ops._library import constant_when_compiled
-
 # The dicts of torch's global hooks, which run for all modules. torch never replaces these dicts.
 GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
     _torch_module._global_forward_hooks,
@@ -18,11 +16,16 @@ GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 )
 
 
-@constant_when_compiled  # guards on hooks would take as long as all other guards of a block
 def has_own_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    # In compiled code torch puts no guards on hooks that are read like this, as on those that it reads itself; see
+    # torch._dynamo.config.skip_nnmodule_hook_guards. They would take as long as all other guards of a block.
+    missing = (
+        not module._forward_hooks,
+        not module._forward_pre_hooks,
+        not module._backward_hooks,
+        not module._backward_pre_hooks,
     )
+    return False in missing
 
 
 def all_modules_have_hooks() -> bool:

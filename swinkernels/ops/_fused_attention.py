@@ -61,8 +61,8 @@ def kernel_call(
         return None
     if region_map is not None and region_map.dtype != torch.int32:
         return None
-    # In bfloat16 the kernels multiply channels in pairs. They round q and k of unit length, and with few channels these
-    # errors do not average out.
+    # In bfloat16 the kernels of some CPUs multiply channels in pairs. They round q and k of unit length, and with few
+    # channels these errors do not average out.
     if x.dtype == torch.bfloat16 and (head_dim % 2 == 1 or (logit_scale is not None and head_dim < 16)):
         return None
     return KernelCall(spec.wire(needs_lse=False), spec.scale, spec.mask_value, num_heads, residual, norm, eps)

@@ -62,7 +62,8 @@ def patch_linear(
     tensors = (x, weight, bias, norm.weight, norm.bias)
     if not (fit_kernels(x, tensors) and run_on_kernels(x, (weight,), tensors)):
         return None
-    # In bfloat16 the kernels read the numbers of a piece of a patch, and of a row that they normalise, in pairs.
+    # In bfloat16 the kernels of some CPUs read the numbers of a piece of a patch, and of a row that they normalise, in
+    # pairs.
     paired = [factor[-1] if neighbours is None else x.shape[-1], weight.shape[0] if norm.place == "post" else 0]
     if x.dtype == torch.bfloat16 and any(count % 2 == 1 for count in paired):
         return None

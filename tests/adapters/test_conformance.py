@@ -363,7 +363,25 @@ def test_a_compiled_block_has_about_as_many_guards_as_the_librarys(library, monk
     few, many = (2, 1), (2, 3)
     of_theirs = guards(original(library, depths=many)) - guards(original(library, depths=few))
     of_ours = guards(on_ops(library, many)) - guards(on_ops(library, few))
-    assert 0 < of_ours <= 1.3 * of_theirs
+    assert 0 < of_ours <= 1.25 * of_theirs
+
+
+@pytest.mark.parametrize("library", long_but(FOREIGN, "timm", "torchvision-v2", "transformers"))
+def test_equal_blocks_share_compiled_code(library):
+    """As the library's own blocks do. With guards on the identity of an inner module, each would be compiled."""
+    torch.compiler.reset()
+    model = on_ops(library)
+    *_, block = (m for m in model.modules() if isinstance(m, Accelerated) and not isinstance(m, nn.Sequential))
+    given: list[Any] = []
+    handle = block.register_forward_pre_hook(lambda module, *inputs: given.append(inputs), with_kwargs=True)
+    graphs = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        model(images(library))
+        handle.remove()
+        args, kwargs = given[0]
+        for _ in range(3):
+            torch.compile(copy.deepcopy(block), fullgraph=True, backend=graphs)(*args, **kwargs)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("library", long_but(LIBRARIES, "timm-v2-cr", "transformers", "mmpretrain", "mmpretrain-v2"))

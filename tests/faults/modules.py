@@ -200,4 +200,22 @@ FAULTS = {
         "if not e >= 0:",
         "tests/adapters/test_timm_swin_v2_cr.py::test_verify_finds_a_wrong_call_and_names_the_module",
     ),
+    "compiled-identity-of-inner-modules": Fault(
+        "swinkernels/adapters/bypass.py",
+        "def has_hooks(module: nn.Module) -> bool:",
+        "@constant_when_compiled\ndef has_hooks(module: nn.Module) -> bool:",
+        "tests/adapters/test_conformance.py::test_equal_blocks_share_compiled_code[timm]",
+    ),
+    "compiled-forward-of-the-instance": Fault(
+        "swinkernels/nn/_inner.py",
+        "    getattr(module, method)",
+        "    pass",
+        "tests/adapters/test_timm_swin.py::test_compiled_code_notices_a_changed_inner_module[forward of norm2]",
+    ),
+    "linear-onednn-without-a-product": Fault(
+        "swinkernels/ops/_fused_linear.py",
+        "has_kernels or (is_fused and _onednn.why_not_fused(x.dtype) is None)",
+        "is_fused",
+        "tests/ops/test_fused_linear.py::test_bfloat16_where_only_kernels_have_products",
+    ),
 }

@@ -64,6 +64,7 @@ struct AttentionHalf {
   int64_t values_stride;             // N rounded up to whole vectors of units
   float* output;                     // (head_dim, block): of attention, for one window and head
   float *lse, *reciprocal;           // (block)
+  float* slice;                      // of a weight
 
   AttentionHalf(const AttentionHalfParams<Element>& p, Arena& arena)
       : sizes(p.attention), window(p.attention, arena), bias(p.attention, sizes, arena), groups(p, sizes) {
@@ -83,6 +84,7 @@ struct AttentionHalf {
     output = arena.take<float>(sizes.dim * sizes.block);
     lse = arena.take<float>(sizes.block);
     reciprocal = arena.take<float>(sizes.block);
+    slice = arena.take<float>(kSliceFloats);
   }
 };
 
@@ -162,7 +164,7 @@ void project_head(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64
   for (int64_t part = 0; part < 3; ++part) {
     float* panel = s.qkv + part * dim * stride;
     const float factor = part == 0 ? score_factor(p.attention, head) : 1.0f;
-    multiply_columns(p.qkv[part], head * dim, dim, s.x, panel, width, stride);
+    multiply_columns(p.qkv[part], head * dim, dim, s.x, panel, width, stride, s.slice);
     if (part == 2) {  // with units of two numbers, pack_values adds the bias
       if constexpr (kNumbers == 1) add_bias<Stored>(p.qkv[part], head * dim, dim, 1.0f, width, stride, panel);
     } else if (cosine) {
@@ -256,7 +258,7 @@ void attention_half(const AttentionHalfParams<Element>& p, int64_t* next, void* 
       for (int64_t w = 0; w < count; ++w) attend(p, s, w, head);
     }
     Layer proj = p.proj;
-    multiply_columns(proj, 0, p.channels, s.attended, s.x, width, stride);
+    multiply_columns(proj, 0, p.channels, s.attended, s.x, width, stride, s.slice);
     if (p.post_norm.given) {
       add_bias<Float32Units>(proj, 0, p.channels, 1.0f, width, stride, s.x);
       normalise<Float32Units>(p.post_norm, p.channels, width, s.x, stride);

@@ -20,6 +20,7 @@
 #define SWINKERNELS_LANES 16
 #define SWINKERNELS_AVX
 #define SWINKERNELS_BF16
+#define SWINKERNELS_UNITS BFloat16Units
 #include "bfloat16.inl"
 
 #ifdef __clang__

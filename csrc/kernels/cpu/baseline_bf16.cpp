@@ -7,4 +7,5 @@
 #define SWINKERNELS_ISA baseline_bf16
 #define SWINKERNELS_KERNELS kBaselineBFloat16Kernels
 #define SWINKERNELS_LANES 4
+#define SWINKERNELS_UNITS BFloat16Units
 #include "bfloat16.inl"

@@ -1,7 +1,4 @@
 // The table of the bfloat16 kernels of one instruction set; see simd.inl for how this is compiled.
-#ifndef SWINKERNELS_UNITS
-#define SWINKERNELS_UNITS BFloat16Units
-#endif
 #include "attention_half.inl"
 
 namespace swinkernels::cpu {

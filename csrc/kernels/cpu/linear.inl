@@ -3,8 +3,9 @@
 //
 // Layout    A panel is up to kPanelRows rows of a map, transposed, so that each vector holds one unit or one channel of
 //           kLanes rows. A product multiplies vectors of the panel of x by single units of the weight and yields a panel
-//           of the result: a weight is read where it lies and needs no other layout. In an MLP the panel of fc1's
-//           result, as units, is the one that fc2 reads. Only x and the final result are transposed.
+//           of the result: a weight is read where it lies, or in slices if its numbers are widened, and needs no other
+//           layout. In an MLP the panel of fc1's result, as units, is the one that fc2 reads. Only x and the final
+//           result are transposed.
 // Tail      The last vector of the last panel would often be nearly empty: 49 rows are three vectors of 16 and one row. If
 //           at most kMaxTail rows are left, they are multiplied with the weight's rows in the lanes instead, by
 //           transposing the weight in registers. That takes about a third of the time for one row of 16 lanes.
@@ -222,8 +223,8 @@ SWINKERNELS_INLINE void multiply_tail(int64_t rows, Arguments... arguments) {
 // [x_unit, x_unit + depth) of x. The products are channels [y_channel, y_channel + count) of y, or, if `adds`, are added
 // to them.
 void multiply(const Layer& layer, int64_t first, int64_t count, int64_t unit, int64_t depth, const Block& block,
-              const Panels& x, int64_t x_unit, const Panels& y, int64_t y_channel, bool adds) {
-  const Slice<Stored, Units> slice(layer, first, count, unit, depth);
+              const Panels& x, int64_t x_unit, const Panels& y, int64_t y_channel, bool adds, float* memory) {
+  const Slice<Stored, Units> slice(layer, first, count, unit, depth, memory);
   for (int64_t i = 0; i < block.panels; ++i) {
     const int64_t width = block.width_of(i);
     float* sums = y.at(i) + y_channel * width;
@@ -238,12 +239,13 @@ void multiply(const Layer& layer, int64_t first, int64_t count, int64_t unit, in
 
 // Channels [0, count) of y = rows [first, first + count) of the weight, times x.
 void multiply_all(const Layer& layer, int64_t first, int64_t count, const Block& block, const Panels& x,
-                  const Panels& y) {
+                  const Panels& y, float* memory) {
   const int64_t units = layer.in_features / kNumbers;
   for (int64_t c = 0; c < count; c += kColumns) {
     int64_t u = 0;
     do {  // once if there are no input channels
-      multiply(layer, first + c, smaller(kColumns, count - c), u, smaller(kDepth, units - u), block, x, u, y, c, u > 0);
+      multiply(layer, first + c, smaller(kColumns, count - c), u, smaller(kDepth, units - u), block, x, u, y, c, u > 0,
+               memory);
       u += kDepth;
     } while (u < units);
   }
@@ -329,11 +331,13 @@ struct LinearTasks {
 struct LinearScratch {
   Panels x, y;
   Element* zeros;
+  float* slice;
 
   LinearScratch(const LinearParams<Element>& p, const Blocks& blocks, Arena& arena)
       : x(blocks, p.layer.in_features / kNumbers, p.norm.given, arena),
         y(blocks, kColumns, false, arena),
-        zeros(arena.take<Element>(p.patches.count > 0 ? p.patches.length : 0)) {}
+        zeros(arena.take<Element>(p.patches.count > 0 ? p.patches.length : 0)),
+        slice(arena.take<float>(kSliceFloats)) {}
 };
 
 template <Activation kActivation>
@@ -364,7 +368,7 @@ void linear_as(const LinearParams<Element>& p, int64_t* next, void* memory) {
     const int64_t end = smaller(begin + tasks.columns, layer.out_features);
     for (int64_t c = begin; c < end; c += kColumns) {
       const int64_t count = smaller(kColumns, end - c);
-      multiply_all(layer, c, count, block, s.x, s.y);
+      multiply_all(layer, c, count, block, s.x, s.y, s.slice);
       unpack_block<kActivation>(layer, c, count, block, s.y, p.residual, p.out);
     }
   }
@@ -378,11 +382,13 @@ Blocks mlp_blocks(const MlpParams<Element>& p) {
 
 struct MlpScratch {
   Panels x, hidden, y;
+  float* slice;
 
   MlpScratch(const MlpParams<Element>& p, const Blocks& blocks, Arena& arena)
       : x(blocks, p.fc1.in_features / kNumbers, p.norm.given, arena),
         hidden(blocks, kHidden, false, arena),
-        y(blocks, round_up(p.fc2.out_features, kLanes), p.post_norm.given, arena) {}
+        y(blocks, round_up(p.fc2.out_features, kLanes), p.post_norm.given, arena),
+        slice(arena.take<float>(kSliceFloats)) {}
 };
 
 template <Activation kActivation>
@@ -400,14 +406,14 @@ void mlp_as(const MlpParams<Element>& p, int64_t* next, void* memory) {
     int64_t h = 0;
     do {  // once if there are no hidden channels
       const int64_t depth = smaller(kHidden, p.fc1.out_features - h);
-      multiply_all(p.fc1, h, depth, block, s.x, s.hidden);
+      multiply_all(p.fc1, h, depth, block, s.x, s.hidden, s.slice);
       activate_all<kActivation, Stored>(p.fc1, h, depth, block, s.hidden);
       const int64_t units = depth / kNumbers;
       for (int64_t c = 0; c < out; c += kColumns) {
         int64_t u = 0;
         do {
           multiply(p.fc2, c, smaller(kColumns, out - c), h / kNumbers + u, smaller(kDepth, units - u), block, s.hidden,
-                   u, s.y, c, h > 0 || u > 0);
+                   u, s.y, c, h > 0 || u > 0, s.slice);
           u += kDepth;
         } while (u < units);
       }

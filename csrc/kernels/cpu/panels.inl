@@ -190,14 +190,16 @@ const Element* next_slice(const Layer& layer, int64_t row, int64_t channel) {
   return layer.weight + next_row * layer.row_stride + (same_rows ? channel + kSlice : 0);
 }
 
+// Room for a slice of a weight whose numbers are widened.
+constexpr int64_t kSliceFloats = sizeof(Units::Element) == sizeof(Element) ? 0 : kColumns * kDepth;
+
 // `count` rows of a weight, from the row `first` on, and their units from `unit` on, at most kColumns and kDepth, as a
-// product reads them: where they lie or, if that differs from the units of a panel, converted.
+// product reads them: where they lie or, if the units of a panel differ, widened in `memory`, which has kSliceFloats.
 template <class InMemory, class InPanel>
 struct Slice {
-  float units[kColumns * kDepth];
-  static constexpr int64_t kStride = kDepth;
+  float* units;
 
-  Slice(const Layer& layer, int64_t first, int64_t count, int64_t unit, int64_t depth) {
+  Slice(const Layer& layer, int64_t first, int64_t count, int64_t unit, int64_t depth, float* memory) : units(memory) {
     const Element *weight = layer.weight + first * layer.row_stride + unit, *next = next_slice(layer, first, unit);
     for (int64_t r = 0; r < count; ++r) {
       const Element *from = weight + r * layer.row_stride, *fetched = next + r * layer.row_stride;
@@ -220,7 +222,7 @@ struct Slice<Same, Same> {
   const Element *weight, *following;
   int64_t row_stride;
 
-  Slice(const Layer& layer, int64_t first, int64_t, int64_t unit, int64_t)
+  Slice(const Layer& layer, int64_t first, int64_t, int64_t unit, int64_t, float*)
       : weight(layer.weight + first * layer.row_stride + unit * kNumbers),
         following(next_slice(layer, first, unit * kNumbers)),
         row_stride(layer.row_stride) {}
@@ -231,14 +233,15 @@ struct Slice<Same, Same> {
 };
 
 // y (count, stride) = rows [first, first + count) of the layer's weight times the panel x of units, for `width` columns.
+// `memory` is that of Slice.
 void multiply_columns(const Layer& layer, int64_t first, int64_t count, const float* x, float* y, int64_t width,
-                      int64_t stride) {
+                      int64_t stride, float* memory) {
   const int64_t units = layer.in_features / kNumbers;
   for (int64_t c = 0; c < count; c += kColumns) {
     int64_t u = 0;
     do {  // once if there are no input channels
       const int64_t columns = smaller(kColumns, count - c), depth = smaller(kDepth, units - u);
-      const Slice<Stored, Units> slice(layer, first + c, columns, u, depth);
+      const Slice<Stored, Units> slice(layer, first + c, columns, u, depth, memory);
       float* sums = y + c * stride;
       matmul_fetching<Units>(columns, width, depth, slice.data(), slice.stride(), x + u * stride, stride,
                              u > 0 ? sums : nullptr, sums, stride, slice.next());

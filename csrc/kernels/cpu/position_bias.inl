@@ -16,11 +16,13 @@ constexpr int64_t kOffsetRows = kTileVectors * kLanes;
 
 struct PositionBias {
   float *offsets, *hidden, *scores;  // panels, kOffsetRows wide
+  float* slice;                      // of a weight
 
   PositionBias(const PositionBiasParams<Element>& p, Arena& arena) {
     offsets = arena.take<float>(p.fc1.in_features / kNumbers * kOffsetRows);
     hidden = arena.take<float>(p.fc1.out_features * kOffsetRows);
     scores = arena.take<float>(p.fc2.out_features * kOffsetRows);
+    slice = arena.take<float>(kSliceFloats);
   }
 };
 
@@ -41,7 +43,7 @@ void position_bias(const PositionBiasParams<Element>& p, int64_t* next, void* me
     if (first >= p.rows) return;
     const int64_t rows = smaller(kOffsetRows, p.rows - first), width = round_up(rows, kLanes);
     pack([&](int64_t r) { return p.offsets + (first + r) * axes; }, rows, axes / kNumbers, s.offsets, width);
-    multiply_columns(p.fc1, 0, hidden, s.offsets, s.hidden, width, width);
+    multiply_columns(p.fc1, 0, hidden, s.offsets, s.hidden, width, width, s.slice);
     for (int64_t c = 0; c < hidden; c += kNumbers) {
       Vec bias[kNumbers];
       for (int n = 0; n < kNumbers; ++n) bias[n] = bias_of(p.fc1, c + n);
@@ -54,7 +56,7 @@ void position_bias(const PositionBiasParams<Element>& p, int64_t* next, void* me
         store(s.hidden + c / kNumbers * width + v, Stored::join(x));
       }
     }
-    multiply_columns(p.fc2, 0, heads, s.hidden, s.scores, width, width);
+    multiply_columns(p.fc2, 0, heads, s.hidden, s.scores, width, width, s.slice);
     for (int64_t c = 0; c < heads; ++c) {
       for (int64_t v = 0; v < width; v += kLanes) {
         const Vec exponent = -load(s.scores + c * width + v);

@@ -68,18 +68,20 @@ SWINKERNELS_INLINE Int first_lanes(int64_t count) {
 
 SWINKERNELS_INLINE Vec widen_bfloat16(HalfBits h) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }
 
-SWINKERNELS_INLINE Vec round_to_bfloat16(Vec x) {
+// Returns bits whose upper halves are x, rounded to bfloat16.
+SWINKERNELS_INLINE Bits bfloat16_bits(Vec x) {
   const Bits bits = (Bits)x;
   const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
   const Bits quiet_nan = bits | 0x400000;
-  return (Vec)(((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded) & 0xffff0000u);
+  return (bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded;
 }
+SWINKERNELS_INLINE Vec round_to_bfloat16(Vec x) { return (Vec)(bfloat16_bits(x) & 0xffff0000u); }
 
 SWINKERNELS_INLINE HalfBits narrow_bfloat16(Vec x) {
 #ifdef SWINKERNELS_BF16
   return (HalfBits)_mm512_cvtneps_pbh((__m512)x);  // subnormal numbers become 0
 #else
-  return __builtin_convertvector((Bits)round_to_bfloat16(x) >> 16, HalfBits);
+  return __builtin_convertvector(bfloat16_bits(x) >> 16, HalfBits);
 #endif
 }
 
