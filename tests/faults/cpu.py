@@ -125,8 +125,8 @@ FAULTS = {
     ),
     "cpu-linear-first-slice-of-the-depth": Fault(
         _LINEAR,
-        "y, c, u > 0);",
-        "y, c, false);",
+        "y, c, u > 0,",
+        "y, c, false,",
         _LINEAR_TESTS + "test_linear",
     ),
     "cpu-linear-block-packed-once": Fault(
