@@ -38,7 +38,7 @@ def _openvino(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], 
     core = openvino.Core()
     converted = openvino.convert_model(module, example_input=x)
     converted.reshape(list(x.shape))
-    # On a CPU without bfloat16 products, OpenVINO by itself infers in float32, many times as fast as with the hint "bf16".
+    # On a CPU without products of bfloat16, OpenVINO by itself infers in float32, which is many times as fast there.
     is_low = dtype == torch.bfloat16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     options = {
         "PERFORMANCE_HINT": "LATENCY",
