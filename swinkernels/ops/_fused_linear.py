@@ -6,9 +6,9 @@ tile while the tile is still in registers, in float32, and rounds once.
 
 The ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take the place of
 oneDNN in float32 and bfloat16, for more than one row and weights whose rows are contiguous, on CPUs with AVX2 but
-without AMX. Without AVX512_BF16 they widen bfloat16 numbers to float32 and multiply those, which takes no longer than
-float32; oneDNN takes four times as long there, and with AVX2 it has no such product. The ops have no derivative. They
-can normalise the rows that they read and, in an MLP, the rows of the result.
+without AMX. Without AVX512_BF16 they widen bfloat16 numbers to float32 and multiply those, which takes about as long as
+in float32; oneDNN takes four times as long there, and with AVX2 it has no such product. The ops have no derivative.
+They can normalise the rows that they read and, in an MLP, the rows of the result.
 """
 
 from __future__ import annotations
@@ -96,12 +96,19 @@ def _instruction_set() -> str:
     return str(_extension.ops.cpu_instruction_set()) if has_kernels else "baseline"
 
 
+@constant_when_compiled
+def _multiplies_bfloat16() -> bool:
+    """Return True if the kernels do not widen bfloat16 numbers."""
+    return _instruction_set() == "avx512_bf16"
+
+
 @functools.cache
 def _has_kernels(dtype: torch.dtype) -> bool:
     """Return True if the extension's kernels take the place of oneDNN: only where that has been measured.
 
-    With AVX-512, float32 has been measured on AMD's Zen 4 and 5 and on Intel's Ice Lake and Sapphire Rapids without
-    AMX, bfloat16 on Zen 5 (on Zen 4 only its products) and, widened, on the latter. Neither has been measured with AMX.
+    With AVX-512, float32 has been measured on AMD's Zen 4 and 5, on Intel's Ice Lake, and on an Emerald Rapids whose
+    AMX and BF16 were hidden; bfloat16 on Zen 5 (on Zen 4 only its products) and, widened, on that Emerald Rapids.
+    Neither has been measured with AMX.
     """
     instruction_set = _instruction_set()
     has_amx = instruction_set.startswith("avx512") and torch.cpu._is_amx_tile_supported()
@@ -159,7 +166,7 @@ def runs_alone(x: Tensor, weight: Tensor) -> bool:
     5) they took 1.1 to 1.4 times as long for 96 channels, 0.9 to 1.2 times for 192, and 0.7 to 1.0 times for 384 and
     768.
     """
-    is_slow = x.dtype == torch.bfloat16 and weight.shape[1] < 384 and _instruction_set() == "avx512_bf16"
+    is_slow = x.dtype == torch.bfloat16 and weight.shape[1] < 384 and _multiplies_bfloat16()
     return is_large(x, weight) and not is_slow
 
 

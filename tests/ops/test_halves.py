@@ -18,6 +18,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import swinkernels
 from swinkernels import _extension, reference
 from swinkernels.ops import _backends, _fused_linear, _onednn
+from swinkernels.ops._library import constant_when_compiled
 from tests.support.fused_products import always_fused, computed_by_layers, fused_calls
 from tests.support.saved_bytes import kept_bytes
 from tests.support.side_by_side import assert_same, draw
@@ -390,12 +391,40 @@ def test_compile_in_one_graph_without_gradients(op, norm, has_kernels, monkeypat
             torch.testing.assert_close(jvp(x, tangent), exact)
 
 
+@pytest.mark.parametrize(("op", "kernels"), [("attention_half", ["fused_linear"] * 2), ("mlp_half", ["fused_mlp"])])
+def test_compiled_halves_with_a_drop_path_in_bfloat16(op, kernels, monkeypatch):
+    """Such a half is not one op, but kernels compute its layers, as in eager code."""
+    reason = _extension.error or _fused_linear.why_not_fused(torch.bfloat16)
+    if reason is not None:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(_fused_linear, "_multiplies_bfloat16", constant_when_compiled(lambda: False))
+    (x, *rest), options = case(op, full=True)
+    x, *rest = (t if t is None else t.bfloat16() for t in (x, *rest))
+    options = {name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in options.items()}
+    graphs: list[torch.fx.GraphModule] = []
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: getattr(swinkernels, op)(x, *rest, **options),
+        backend=lambda graph, _: graphs.append(graph) or graph.forward,
+        fullgraph=True,
+    )
+    with torch.no_grad(), always_fused():
+        assert_close_to_rounding(compiled(x), getattr(swinkernels, op)(x, *rest, **options))
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert [name.split(".")[1] for name in called if "swinkernels.fused" in name] == kernels
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_a_tracer_that_makes_the_first_call(op, dtype, monkeypatch):
     """A tracer refuses ops that return a bool or a string, which would tell what this CPU supports."""
-    monkeypatch.setattr(_fused_linear, "_has_kernels", functools.cache(_fused_linear._has_kernels.__wrapped__))
-    monkeypatch.setattr(_onednn, "why_not_fused", functools.cache(_onednn.why_not_fused.__wrapped__))
+    for module, name in (
+        (_fused_linear, "_instruction_set"),
+        (_fused_linear, "_has_kernels"),
+        (_onednn, "why_not_fused"),
+    ):
+        monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
     (x, *rest), options = case(op, full=False)
     x, *rest = (t if t is None else t.to(dtype) for t in (x, *rest))
     options = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in options.items()}
