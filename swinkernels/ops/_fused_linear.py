@@ -103,7 +103,7 @@ def _multiplies_bfloat16() -> bool:
 
 
 @functools.cache
-def _has_kernels(dtype: torch.dtype) -> bool:
+def _has_kernels() -> bool:
     """Return True if the extension's kernels take the place of oneDNN: only where that has been measured.
 
     With AVX-512, float32 has been measured on AMD's Zen 4 and 5, on Intel's Ice Lake, and on an Emerald Rapids whose
@@ -117,7 +117,7 @@ def _has_kernels(dtype: torch.dtype) -> bool:
 
 def why_not_fused(dtype: torch.dtype) -> str | None:
     """Return the reason why fusing Linear layers of a dtype is impossible or no faster on this machine, or None."""
-    return None if dtype in _KERNEL_DTYPES and _has_kernels(dtype) else _onednn.why_not_fused(dtype)
+    return None if dtype in _KERNEL_DTYPES and _has_kernels() else _onednn.why_not_fused(dtype)
 
 
 def _is_available(dtype: torch.dtype) -> bool:
@@ -127,7 +127,7 @@ def _is_available(dtype: torch.dtype) -> bool:
 
 def _may_use_kernels(dtype: torch.dtype) -> bool:
     allowed = dtype == torch.bfloat16 or (dtype == torch.float32 and not _allows_bfloat16_products())
-    return allowed and _has_kernels(dtype)
+    return allowed and _has_kernels()
 
 
 def _is_compiled() -> bool:

@@ -66,7 +66,7 @@ def test_windows_of_monai_that_a_map_makes_smaller(monkeypatch):
     module = importlib.import_module("swinkernels.ops.window_attention")  # swinkernels.ops has the function
     attend = module._attend
     monkeypatch.setattr(module, "_attend", lambda *a, **k: calls.append(0) or attend(*a, **k))
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: False)  # they do not call `_attend`
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: False)  # they do not call `_attend`
     x = torch.randn(1, 12, 8, 8, 8)
     torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-4)
     assert len(calls) == 2

@@ -45,7 +45,7 @@ def either(request, monkeypatch) -> str:
     """Run a test once with oneDNN and once with the extension's kernels, whichever this machine prefers."""
     if request.param == "kernels" and _extension.error is not None:
         pytest.skip(_extension.error)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: request.param == "kernels")
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: request.param == "kernels")
     return request.param
 
 
@@ -86,7 +86,7 @@ def test_kernels_compute_a_layer_alone(channels, widens, monkeypatch):
     """All but layers of few channels in bfloat16 where the CPU has products of bfloat16: oneDNN computes those."""
     if _extension.error is not None:
         pytest.skip(_extension.error)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
     monkeypatch.setattr(_fused_linear, "_multiplies_bfloat16", lambda: not widens)
     for dtype in (torch.float32, torch.bfloat16):
         need_fused(dtype)
@@ -100,7 +100,7 @@ def test_bfloat16_where_only_kernels_have_products(monkeypatch):
     """With AVX2, torch's oneDNN has no product of bfloat16: what the kernels do not compute is left to torch."""
     if _extension.error is not None:
         pytest.skip(_extension.error)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
     monkeypatch.setattr(_fused_linear, "_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(_onednn, "why_not_fused", lambda dtype: "no product" if dtype == torch.bfloat16 else None)
     assert _fused_linear.why_not_fused(torch.bfloat16) is None
@@ -172,7 +172,7 @@ def test_which_calls_use_the_kernels(monkeypatch):
     need_fused(torch.float32)
     if _extension.error is not None:
         pytest.skip(_extension.error)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
     x, weight, bias, _ = draw()
     narrow, one_row = weight.t().contiguous(), torch.randn(1, 4000)
 
@@ -240,7 +240,7 @@ def test_float32_is_float32_until_torch_is_told_otherwise(either):
 def test_mlp_in_one_op(monkeypatch, gelu, is_added):
     """With the extension's kernels, an MLP is one op."""
     need_fused(torch.float32)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: _extension.error is None)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: _extension.error is None)
     if _extension.error is not None:
         pytest.skip(_extension.error)
     x, fc1, bias, _ = draw()
@@ -279,7 +279,7 @@ def test_a_halfs_products_on_a_cpu(either):
 def test_mlp_piece_by_piece(monkeypatch, is_added, dtype):
     """A large hidden layer is computed in pieces of rows, the last of which is smaller."""
     need_fused(dtype)
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: False)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: False)
     x, fc1, bias, _ = draw(dtype)
     generator = torch.Generator().manual_seed(2)
     fc2 = (torch.randn(IN, OUT, generator=generator) / OUT**0.5).to(dtype)

@@ -200,7 +200,7 @@ def test_inference_on_the_kernels_of_linear_layers(op, norm, given, residual, by
     """Both halves run on the CPU kernels in one pass or, if their batch has few rows, layer by layer."""
     if _fused_linear.why_not_fused(dtype) is not None:
         pytest.skip(_fused_linear.why_not_fused(dtype))
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
     tensors, options = case(op, norm=norm, full="layer scale" in given)
     if "drop path" not in given:
         options.pop("drop_path_scale", None)
@@ -356,7 +356,7 @@ def test_compile_in_one_graph_without_gradients(op, norm, has_kernels, monkeypat
     reason = _extension.error or _onednn.why_not_fused(torch.float32)
     if has_kernels and reason is not None:
         pytest.skip(str(reason))
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: has_kernels)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: has_kernels)
     tensors, options = case(op, norm=norm, full=False)
     x, *rest = [t if t is None else t.float() for t in tensors]
     options = {name: value.float() if isinstance(value, Tensor) else value for name, value in options.items()}
@@ -397,7 +397,7 @@ def test_compiled_halves_with_a_drop_path_in_bfloat16(op, kernels, monkeypatch):
     reason = _extension.error or _fused_linear.why_not_fused(torch.bfloat16)
     if reason is not None:
         pytest.skip(str(reason))
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
     monkeypatch.setattr(_fused_linear, "_multiplies_bfloat16", constant_when_compiled(lambda: False))
     (x, *rest), options = case(op, full=True)
     x, *rest = (t if t is None else t.bfloat16() for t in (x, *rest))
@@ -444,7 +444,7 @@ def test_compiled_halves_see_modes_and_subclasses(monkeypatch):
     reason = _extension.error or _onednn.why_not_fused(torch.float32)
     if reason is not None:
         pytest.skip(str(reason))
-    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
     (x, *rest), options = case("mlp_half", full=False)
     x, *rest = (t if t is None else t.float() for t in (x, *rest))
 
