@@ -25,7 +25,7 @@ inline std::string compiler() {
 // The instruction sets of the CPU kernels; one that the processor supports is chosen at run time.
 inline const char* cpu_instruction_sets() {
 #if defined(__x86_64__)
-  return R"(["baseline", "avx2", "avx512", "avx512_bf16"])";
+  return R"(["baseline", "emulated_amx", "avx2", "avx512", "avx512_bf16", "amx"])";
 #else
   return R"(["baseline"])";
 #endif

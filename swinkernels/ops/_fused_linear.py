@@ -5,10 +5,10 @@ result is traversed three or four times, in as many parallel regions. torch's on
 tile while the tile is still in registers, in float32, and rounds once.
 
 The ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take the place of
-oneDNN in float32 and bfloat16, for more than one row and weights whose rows are contiguous, on CPUs with AVX2 but
-without AMX. Without AVX512_BF16 they widen bfloat16 numbers to float32 and multiply those, which takes about as long as
-in float32; oneDNN takes four times as long there, and with AVX2 it has no such product. The ops have no derivative.
-They can normalise the rows that they read and, in an MLP, the rows of the result.
+oneDNN in float32 and bfloat16, for more than one row and weights whose rows are contiguous, on CPUs with AVX2. They
+multiply bfloat16 numbers with AMX or AVX512_BF16. Without either they widen them to float32 and multiply those, which
+takes about as long as in float32; oneDNN takes four times as long there, and with AVX2 it has no such product. The ops
+have no derivative. They can normalise the rows that they read and, in an MLP, the rows of the result.
 """
 
 from __future__ import annotations
@@ -97,22 +97,20 @@ def _instruction_set() -> str:
 
 
 @constant_when_compiled
-def _multiplies_bfloat16() -> bool:
-    """Return True if the kernels do not widen bfloat16 numbers."""
-    return _instruction_set() == "avx512_bf16"
+def _least_channels_alone() -> int:
+    """Return the number of input channels from which on the kernels compute a bfloat16 layer alone; see runs_alone."""
+    return {"amx": 768, "avx512_bf16": 384}.get(_instruction_set(), 0)
 
 
 @functools.cache
 def _has_kernels() -> bool:
     """Return True if the extension's kernels take the place of oneDNN: only where that has been measured.
 
-    With AVX-512, float32 has been measured on AMD's Zen 4 and 5, on Intel's Ice Lake, and on an Emerald Rapids whose
-    AMX and BF16 were hidden; bfloat16 on Zen 5 (on Zen 4 only its products) and, widened, on that Emerald Rapids.
-    Neither has been measured with AMX.
+    With AVX-512, float32 has been measured on AMD's Zen 4 and 5, on Intel's Ice Lake, on an Emerald Rapids whose AMX
+    and BF16 were hidden, and on a Xeon with AMX; bfloat16 on Zen 5 (on Zen 4 only its products), on the Xeon with AMX
+    and, widened, on both Xeons.
     """
-    instruction_set = _instruction_set()
-    has_amx = instruction_set.startswith("avx512") and torch.cpu._is_amx_tile_supported()
-    return instruction_set != "baseline" and not has_amx
+    return _instruction_set() not in ("baseline", "emulated_amx")
 
 
 def why_not_fused(dtype: torch.dtype) -> str | None:
@@ -162,11 +160,12 @@ def _are_readable_weights(x: Tensor, weights: Sequence[Tensor]) -> bool:
 def runs_alone(x: Tensor, weight: Tensor) -> bool:
     """Return True if the kernels, where they run, compute a Linear layer that is not part of a half faster than oneDNN.
 
-    With AVX512_BF16 and few channels, writing the result takes the kernels longer. On two threads of an AMD EPYC (Zen
-    5) they took 1.1 to 1.4 times as long for 96 channels, 0.9 to 1.2 times for 192, and 0.7 to 1.0 times for 384 and
-    768.
+    With fast products of bfloat16 and few channels, writing the result takes the kernels longer. With AVX512_BF16, on
+    two threads of an AMD EPYC (Zen 5), they took 1.1 to 1.4 times as long for 96 channels, 0.9 to 1.2 times for 192,
+    and 0.7 to 1.0 times for 384 and 768. With AMX, on one thread of a Xeon, they took 1.2 to 2.1 times as long for 96
+    to 384 channels, and 0.75 times for 768.
     """
-    is_slow = x.dtype == torch.bfloat16 and weight.shape[1] < 384 and _multiplies_bfloat16()
+    is_slow = x.dtype == torch.bfloat16 and weight.shape[1] < _least_channels_alone()
     return is_large(x, weight) and not is_slow
 
 

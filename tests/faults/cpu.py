@@ -8,6 +8,7 @@ _KERNEL = "csrc/kernels/cpu/window_attention.inl"
 _TESTS = "tests/cpu/test_window_attention.py::"
 _LINEAR = "csrc/kernels/cpu/linear.inl"
 _PANELS = "csrc/kernels/cpu/panels.inl"
+_TILES = "csrc/kernels/cpu/tiles.inl"
 _LINEAR_TESTS = "tests/cpu/test_linear.py::"
 _HALF = "csrc/kernels/cpu/attention_half.inl"
 _LAYERS = "csrc/kernels/cpu/linear.cpp"
@@ -263,9 +264,39 @@ FAULTS = {
     ),
     "cpu-bfloat16-half-value-of-the-next-window": Fault(
         _HALF,
-        "row[keys] = 0;",
-        "row[keys] += 0;",
+        "row[i] = 0;",
+        "row[i] += 0;",
         _HALF_TESTS + "test_instruction_set[baseline]",
+    ),
+    "cpu-tiles-second-tile-of-rows": Fault(
+        _TILES,
+        "load_tile<5>(a + kTile * lda, a_bytes);",
+        "load_tile<5>(a, a_bytes);",
+        _LINEAR_TESTS + "test_instruction_set[emulated_amx]",
+    ),
+    "cpu-tiles-units-that-do-not-fill-a-tile": Fault(
+        _TILES,
+        "a + 2 * tiled_depth, lda,",
+        "a, lda,",
+        _LINEAR_TESTS + "test_instruction_set[emulated_amx]",
+    ),
+    "cpu-tiles-sums-of-rows-that-do-not-fill-a-tile": Fault(
+        _TILES,
+        "addend == nullptr ? nullptr : addend + tiled_rows * ldc,",
+        "nullptr,",
+        _LINEAR_TESTS + "test_instruction_set[emulated_amx]",
+    ),
+    "cpu-tiles-keys-of-the-first-window": Fault(
+        _HALF,
+        "s.keys + at * s.keys_stride, s.keys_stride, q + first,",
+        "s.keys, s.keys_stride, q + first,",
+        _HALF_TESTS + "test_instruction_set[emulated_amx]",
+    ),
+    "cpu-tiles-probabilities-of-keys-that-do-not-exist": Fault(
+        _HALF,
+        "for (int64_t u = first; u < end; ++u) clear(",
+        "for (int64_t u = first; u < first; ++u) clear(",
+        _HALF_TESTS + "test_instruction_set[emulated_amx]",
     ),
     "cpu-bfloat16-softmax-of-a-key-too-many": Fault(
         _KERNEL,

@@ -80,19 +80,19 @@ def test_results(gelu, is_added, has_bias, dtype, either, monkeypatch):
     assert_within_budget(y, exact, lambda: plain(*(t.float() if isinstance(t, Tensor) else t for t in given)))
 
 
-@pytest.mark.parametrize("widens", [True, False])
+@pytest.mark.parametrize("least", [0, 384])
 @pytest.mark.parametrize("channels", [64, 384])
-def test_kernels_compute_a_layer_alone(channels, widens, monkeypatch):
+def test_kernels_compute_a_layer_alone(channels, least, monkeypatch):
     """All but layers of few channels in bfloat16 where the CPU has products of bfloat16: oneDNN computes those."""
     if _extension.error is not None:
         pytest.skip(_extension.error)
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
-    monkeypatch.setattr(_fused_linear, "_multiplies_bfloat16", lambda: not widens)
+    monkeypatch.setattr(_fused_linear, "_least_channels_alone", lambda: least)
     for dtype in (torch.float32, torch.bfloat16):
         need_fused(dtype)
         with fused_calls() as called:
             _fused_linear.linear(torch.ones(1000, channels, dtype=dtype), torch.ones(384, channels, dtype=dtype), None)
-        on_kernels = dtype == torch.float32 or channels == 384 or widens
+        on_kernels = dtype == torch.float32 or channels >= least
         assert called == ["swinkernels::fused_linear" if on_kernels else "mkldnn::_linear_pointwise"]
 
 
@@ -101,7 +101,7 @@ def test_bfloat16_where_only_kernels_have_products(monkeypatch):
     if _extension.error is not None:
         pytest.skip(_extension.error)
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
-    monkeypatch.setattr(_fused_linear, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(_fused_linear, "_least_channels_alone", lambda: 0)
     monkeypatch.setattr(_onednn, "why_not_fused", lambda dtype: "no product" if dtype == torch.bfloat16 else None)
     assert _fused_linear.why_not_fused(torch.bfloat16) is None
     with torch.no_grad():

@@ -398,7 +398,7 @@ def test_compiled_halves_with_a_drop_path_in_bfloat16(op, kernels, monkeypatch):
     if reason is not None:
         pytest.skip(str(reason))
     monkeypatch.setattr(_fused_linear, "_has_kernels", lambda: True)
-    monkeypatch.setattr(_fused_linear, "_multiplies_bfloat16", constant_when_compiled(lambda: False))
+    monkeypatch.setattr(_fused_linear, "_least_channels_alone", constant_when_compiled(lambda: 0))
     (x, *rest), options = case(op, full=True)
     x, *rest = (t if t is None else t.bfloat16() for t in (x, *rest))
     options = {name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in options.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+SETS = ["baseline", "emulated_amx", "avx2", "avx512", "avx512_bf16", "amx"]
 UNSUPPORTED = 77  # the exit status of code that found that this machine does not support the set
 
 _ASK = f"""

@@ -5,7 +5,7 @@
 //           products q, k and v of a head are panels, too. q is what the scores need as it is, k and v are read by
 //           single units, and the output of attention is the panel that proj reads. Nothing is transposed but x and the
 //           result. In bfloat16, a unit of v and of the probabilities consists of two keys, so v is repacked for each
-//           window. Windows follow one another without gaps, so in the products with weights only the last vector of a
+//           window. Tiles read k row by row, so it is transposed, too, and all their units beyond a matrix are 0. Windows follow one another without gaps, so in the products with weights only the last vector of a
 //           group has lanes without a row.
 // Tiling    A group has so few windows that its rows of x and of the output stay in L2. Its heads follow one another, so
 //           that the weights of one head are read once per group.
@@ -60,9 +60,13 @@ struct AttentionHalf {
   float* attended;                   // (num_heads * head_dim, stride), as units
   float* qkv;                        // (3, head_dim, stride); q and k become units
   float* scores;                     // (N, block)
-  Units::Element* values;            // (head_dim, values_stride): v of one window and head
+  Units::Element* keys;              // (rows, keys_stride): k of one head, if there are tiles
+  int64_t keys_stride;               // head_dim rounded up to whole vectors of units
+  Units::Element* values;            // (value_rows, values_stride): v of one window and head
+  int64_t value_rows;                // head_dim, rounded up to whole tiles if there are tiles
   int64_t values_stride;             // N rounded up to whole vectors of units
-  float* output;                     // (head_dim, block): of attention, for one window and head
+  int64_t score_units, value_units;  // that a product of q and k, or of v, multiplies
+  float* output;                     // (value_rows, block): of attention, for one window and head
   float *lse, *reciprocal;           // (block)
   float* slice;                      // of a weight
 
@@ -79,14 +83,30 @@ struct AttentionHalf {
     attended = arena.take<float>(width / kNumbers * groups.stride);
     qkv = arena.take<float>(3 * sizes.dim * groups.stride);
     scores = arena.take<float>(sizes.scores());
+    keys_stride = round_up(sizes.dim, kLanes * kNumbers);
+    keys = arena.take<Units::Element>(kHasTiles ? groups.stride * keys_stride : 0);
+    value_rows = kHasTiles ? round_up(sizes.dim, kLanes) : sizes.dim;
     values_stride = round_up(sizes.keys, kLanes * kNumbers);
-    values = arena.take<Units::Element>(kNumbers > 1 ? sizes.dim * values_stride : 0);
-    output = arena.take<float>(sizes.dim * sizes.block);
+    values = arena.take<Units::Element>(kNumbers > 1 ? value_rows * values_stride : 0);
+    score_units = units_of(sizes.dim / kNumbers, sizes.dim);
+    value_units = units_of((sizes.keys + kNumbers - 1) / kNumbers, sizes.keys);
+    output = arena.take<float>(value_rows * sizes.block);
     lse = arena.take<float>(sizes.block);
     reciprocal = arena.take<float>(sizes.block);
     slice = arena.take<float>(kSliceFloats);
   }
+  // Returns the number of units that a product multiplies in place of `units`: whole tiles if the panel, which has room for
+  // `room` units, can be filled up with zeros.
+  static int64_t units_of(int64_t units, int64_t room) {
+    const int64_t tiled = round_up(units, kLanes);
+    return kHasTiles && tiled <= room ? tiled : units;
+  }
 };
+
+// Sets units [first, end) of a panel to 0.
+void clear_units(int64_t first, int64_t end, int64_t width, float* panel, int64_t stride) {
+  for (int64_t u = first; u < end; ++u) clear(panel + u * stride, width);
+}
 
 // Finds the rows, the regions and the bias types of windows [first, first + count).
 void find_group(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t first, int64_t count) {
@@ -157,6 +177,22 @@ void normalise_columns(int64_t count, float factor, int64_t width, int64_t strid
   }
 }
 
+// Sets s.keys to the columns of k, a panel of units, as rows. Units beyond head_dim are 0.
+void unpack_keys(const float* k, int64_t width, AttentionHalf& s) {
+  const int64_t units = s.sizes.dim / kNumbers;
+  for (int64_t u = 0; u < units; u += kLanes) {
+    for (int64_t v = 0; v < width; v += kLanes) {
+      Vec block[kLanes] = {};
+      for (int64_t i = 0; i < smaller(kLanes, units - u); ++i) block[i] = load(k + (u + i) * s.groups.stride + v);
+      exchange_rows<1>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        __builtin_memcpy(s.keys + (v + i) * s.keys_stride + u * kNumbers, &block[i], sizeof(block[i]));
+      }
+    }
+  }
+}
+
 // Computes q, k and v of a head for `width` columns of the group; q is multiplied by the factor of the scores.
 void project_head(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t head, int64_t width) {
   const int64_t dim = s.sizes.dim, stride = s.groups.stride;
@@ -173,10 +209,12 @@ void project_head(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64
     } else {
       add_bias<Stored>(p.qkv[part], head * dim, dim, factor, width, stride, panel);
     }
+    if (part == 0) clear_units(dim / kNumbers, s.score_units, width, panel, stride);
+    if (kHasTiles && part == 1) unpack_keys(panel, width, s);
   }
 }
 
-// Sets s.values to v + bias of one window and head: a unit consists of two keys, and a missing last key is 0.
+// Sets s.values to v + bias of one window and head: a unit consists of two keys, and missing keys are 0.
 [[maybe_unused]] void pack_values(const Layer& layer, int64_t head, const float* v, AttentionHalf& s) {
   const int64_t dim = s.sizes.dim, keys = s.sizes.keys;
   for (int64_t d = 0; d < dim; ++d) {
@@ -186,7 +224,7 @@ void project_head(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64
       *reinterpret_cast<Units::Format::Memory*>(row + i) =
           Units::Format::narrow(load(v + d * s.groups.stride + i) + bias);
     }
-    if (keys % kNumbers != 0) row[keys] = 0;
+    for (int64_t i = keys; i < (kHasTiles ? s.values_stride : round_up(keys, kNumbers)); ++i) row[i] = 0;
   }
 }
 
@@ -198,14 +236,20 @@ void attend(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t w, 
   if constexpr (kNumbers > 1) pack_values(p.qkv[2], head, v, s);
   for (int64_t b = 0; b < sizes.blocks; ++b) {
     const int64_t first = b * sizes.block, queries = sizes.queries(b), width = round_up(queries, kLanes);
-    matmul<true, Units>(sizes.keys, width, dim / kNumbers, reinterpret_cast<const Units::Element*>(k),
-                        stride * kNumbers, q + first, stride, s.bias.block(s.bias_types[w], head, b), s.scores,
-                        sizes.block);
+    const float* bias = s.bias.block(s.bias_types[w], head, b);
+    if constexpr (kHasTiles) {
+      matmul_fetching<Units>(sizes.keys, width, s.score_units, s.keys + at * s.keys_stride, s.keys_stride, q + first,
+                             stride, bias, s.scores, sizes.block, nullptr);
+    } else {
+      matmul<true, Units>(sizes.keys, width, s.score_units, reinterpret_cast<const Units::Element*>(k),
+                          stride * kNumbers, q + first, stride, bias, s.scores, sizes.block);
+    }
     add_mask(p.attention, sizes, s.masked[w], s.regions + at, b, s.scores);
     softmax<Stored>(sizes, queries, s.scores, s.lse, s.reciprocal);
     if constexpr (kNumbers > 1) {
-      matmul<false, Units>(dim, width, (sizes.keys + 1) / kNumbers, s.values, s.values_stride, s.scores, sizes.block,
-                           nullptr, s.output, sizes.block);
+      clear_units((sizes.keys + kNumbers - 1) / kNumbers, s.value_units, width, s.scores, sizes.block);
+      matmul_fetching<Units>(s.value_rows, width, s.value_units, s.values, s.values_stride, s.scores, sizes.block,
+                             nullptr, s.output, sizes.block, nullptr);
     } else {
       matmul<false>(dim, width, sizes.keys, v, stride, s.scores, sizes.block, nullptr, s.output, sizes.block);
     }
@@ -231,6 +275,7 @@ int64_t attention_half_scratch_bytes(const AttentionHalfParams<Element>& p) {
 }
 
 void attention_half(const AttentionHalfParams<Element>& p, int64_t* next, void* memory) {
+  [[maybe_unused]] const TileRegisters tiles;
   Arena arena(memory);
   AttentionHalf s(p, arena);
   const int64_t stride = s.groups.stride, tokens = s.sizes.tokens;
@@ -239,6 +284,9 @@ void attention_half(const AttentionHalfParams<Element>& p, int64_t* next, void* 
   auto* out = static_cast<Element*>(p.out.data);
   for (int64_t c = 0; c < p.channels; ++c) s.zeros[c] = 0;
   clear(s.qkv, 3 * s.sizes.dim * stride);  // the scores of a last vector read columns that no product writes
+  if (kHasTiles) {
+    for (int64_t i = 0; i < s.value_rows * s.values_stride; ++i) s.values[i] = 0;
+  }
   for (;;) {
     const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
     if (task >= s.groups.count) return;

@@ -78,12 +78,14 @@ struct Kernels {
 
 extern const Kernels kBaselineKernels;
 extern const LayerKernels<uint16_t> kBaselineBFloat16Kernels;
+extern const LayerKernels<uint16_t> kEmulatedAmxKernels;
 #ifdef __x86_64__
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const LayerKernels<uint16_t> kAvx2WidenedKernels;
 extern const LayerKernels<uint16_t> kAvx512WidenedKernels;
 extern const LayerKernels<uint16_t> kAvx512BFloat16Kernels;
+extern const LayerKernels<uint16_t> kAmxKernels;
 #endif
 
 // Return the kernels of this machine's instruction set.

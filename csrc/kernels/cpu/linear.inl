@@ -8,7 +8,8 @@
 //           result are transposed.
 // Tail      The last vector of the last panel would often be nearly empty: 49 rows are three vectors of 16 and one row. If
 //           at most kMaxTail rows are left, they are multiplied with the weight's rows in the lanes instead, by
-//           transposing the weight in registers. That takes about a third of the time for one row of 16 lanes.
+//           transposing the weight in registers. That takes about a third of the time for one row of 16 lanes. There is
+//           no tail with tiles, which add products in another order.
 // Tiling    The rows are divided into blocks, whose panels share each slice of the weight, kColumns by kDepth, while the
 //           slice is in L2 and a panel's part of kDepth units in L1. An MLP computes kHidden hidden channels of a
 //           block at a time, so that its hidden layer stays in the cache. If there are few blocks, a Linear layer's
@@ -22,8 +23,8 @@
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
 
-constexpr int64_t kPanelRows = kTileVectors * kLanes;
-constexpr int64_t kMaxTail = kLanes / 4;
+constexpr int64_t kPanelRows = (kHasTiles ? 2 : kTileVectors) * kLanes;
+constexpr int64_t kMaxTail = kHasTiles ? 0 : kLanes / 4;
 constexpr int64_t kMaxBlockRows = 128;
 constexpr int64_t kMaxBlockFloats = 512 << 10;  // of x, for a Linear layer with many input channels
 // Whole slices of kDepth units, so that a single pass of an MLP adds the products of fc2 in the same order as by layers.
@@ -231,7 +232,8 @@ void multiply(const Layer& layer, int64_t first, int64_t count, int64_t unit, in
     matmul_fetching<Units>(count, width, depth, slice.data(), slice.stride(), x.at(i) + x_unit * width, width,
                            adds ? sums : nullptr, sums, width, i == 0 ? slice.next() : nullptr);
   }
-  if (block.tail > 0) {
+  if constexpr (kMaxTail > 0) {
+    if (block.tail == 0) return;
     multiply_tail<kMaxTail>(block.tail, slice.data(), slice.stride(), count, depth, x.tail + x_unit, x.tail_stride,
                             y.tail + y_channel, y.tail_stride, adds);
   }
@@ -344,6 +346,7 @@ template <Activation kActivation>
 void linear_as(const LinearParams<Element>& p, int64_t* next, void* memory) {
   const Layer& layer = p.layer;
   const LinearTasks tasks(p);
+  [[maybe_unused]] const TileRegisters tiles;
   Arena arena(memory);
   const LinearScratch s(p, tasks.blocks, arena);
   PatchRows patches(p.patches, s.zeros);
@@ -394,6 +397,7 @@ struct MlpScratch {
 template <Activation kActivation>
 void mlp_as(const MlpParams<Element>& p, int64_t* next, void* memory) {
   const Blocks blocks = mlp_blocks(p);
+  [[maybe_unused]] const TileRegisters tiles;
   Arena arena(memory);
   const MlpScratch s(p, blocks, arena);
   const int64_t out = p.fc2.out_features;

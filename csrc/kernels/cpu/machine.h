@@ -7,7 +7,7 @@
 
 namespace swinkernels::cpu {
 
-enum class InstructionSet { kBaseline, kAvx2, kAvx512, kAvx512BFloat16 };
+enum class InstructionSet { kEmulatedAmx, kBaseline, kAvx2, kAvx512, kAvx512BFloat16, kAmx };
 
 // Returns the instruction set to use; see instruction_set() in params/cpu.h.
 InstructionSet chosen_instruction_set();

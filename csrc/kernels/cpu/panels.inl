@@ -4,9 +4,14 @@
 // its sums are a panel of channels. In float32 both are the same.
 //
 // Before it includes this file, a source file defines
-//   SWINKERNELS_UNITS    Float32Units, BFloat16Units or WidenedUnits, for the format of all rows, weights and biases
+//   SWINKERNELS_TILES    defined for products in tiles
+//   SWINKERNELS_UNITS    Float32Units, BFloat16Units, TiledUnits or WidenedUnits, for the format of all rows, weights and
+//                        biases
 #pragma once
 #include "arena.inl"
+#ifdef SWINKERNELS_TILES
+#include "tiles.inl"
+#endif
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
@@ -18,6 +23,12 @@ using Element = Stored::Element;
 constexpr int64_t kNumbers = Units::kNumbers;  // in a unit
 constexpr bool kIsFloat32 = sizeof(Element) == sizeof(float);
 using Layer = LinearLayer<Element>;
+#ifdef SWINKERNELS_TILES
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+struct TileRegisters {};
+#endif
 
 SWINKERNELS_INLINE Vec load_elements(const Element* from) {
   return Format::widen(*reinterpret_cast<const Format::Memory*>(from));
@@ -36,9 +47,9 @@ SWINKERNELS_INLINE void store_elements(Element* to, Vec x) {
 // The products below read a weight in slices of kColumns rows and kDepth units. kColumns is a multiple of the tiles'
 // heights and of kLanes, and a row of the result of a slice fills three cache lines.
 constexpr int64_t kColumns = 48 * kNumbers;
-// With 16 lanes, the part of a panel that a slice multiplies would not fit into L1 with 256 units. With fewer lanes it
-// would with more, but the rounding errors of a sum grow with its length.
-constexpr int64_t kDepth = kLanes == 16 ? 128 : 256;
+// With 16 lanes, the part of a panel that a slice multiplies would not fit into L1 with 256 units, unless panels are as
+// narrow as for tiles. With fewer lanes it would with more, but the rounding errors of a sum grow with its length.
+constexpr int64_t kDepth = kLanes == 16 && !kHasTiles ? 128 : 256;
 
 // Return a vector of consecutive units, and one unit, of a row in memory or of a row of units.
 template <class From>

@@ -35,6 +35,7 @@ int64_t position_bias_scratch_bytes(const PositionBiasParams<Element>& p) {
 }
 
 void position_bias(const PositionBiasParams<Element>& p, int64_t* next, void* memory) {
+  [[maybe_unused]] const TileRegisters tiles;
   Arena arena(memory);
   const PositionBias s(p, arena);
   const int64_t axes = p.fc1.in_features, hidden = p.fc1.out_features, heads = p.fc2.out_features;

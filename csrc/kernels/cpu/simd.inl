@@ -377,6 +377,11 @@ struct BFloat16Units {
 #endif
 };
 
+// bfloat16 numbers that are multiplied in tiles (see tiles.inl).
+struct TiledUnits : BFloat16Units {
+  using InPanel = TiledUnits;
+};
+
 // bfloat16 numbers that become float32 numbers before they are multiplied, for CPUs without products of bfloat16. join and
 // store round to bfloat16 first, so that the factors of a product are the same numbers on all CPUs.
 struct WidenedUnits {
