@@ -5,9 +5,9 @@
 
 avx2    the instructions that one call executes on one thread, counted by valgrind's callgrind; ``cpu_kernels.cpp``
         makes the calls.
-avx512, avx512_bf16
+avx512, avx512_bf16, amx
         the number of innermost loops in each function's machine code and their lengths, in instructions. Nothing is
-        executed, because valgrind does not support AVX-512 and not every machine has it.
+        executed, because valgrind supports neither AVX-512 nor AMX, and not every machine has them.
 
 Counts of different compilers are not comparable.
 """
@@ -33,7 +33,7 @@ from benchmarks import compare
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 BASELINE = ROOT / "benchmarks" / "results" / "cpu_instructions.csv"
-ARCHS = ("avx2", "avx512", "avx512_bf16")
+ARCHS = ("avx2", "avx512", "avx512_bf16", "amx")
 KEYS = ("arch", "kernel", "case", "compiler")
 OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc/kernels/cpu"
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # DType of csrc/params

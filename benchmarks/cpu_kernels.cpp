@@ -108,7 +108,7 @@ void run(const LinearCall& call) {
   }
   const cpu::LinearLayer<float> fc1{first.data(), bias.data(), in, hidden, in},
       fc2{second.data(), bias.data(), hidden, out, hidden};
-  const cpu::MlpParams<float> p{x.data(), residual.data(), y.data(), rows, in, {}, {}, fc1, fc2, activation};
+  const cpu::MlpParams<float> p{x.data(), residual.data(), y.data(), rows, in, {}, {}, fc1, fc2, activation, false, 1};
   measure([&] { cpu::mlp_forward(p, one_thread); });
 }
 

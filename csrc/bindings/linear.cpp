@@ -159,7 +159,8 @@ Tensor fused_mlp(Tensor x, Tensor fc1_weight, OptionalTensor fc1_bias, Tensor fc
     p.activation = activation_of(gelu);
     Rows rows(std::move(x), std::move(residual), p.fc2.out_features);
     rows.fill(p);
-    p.by_layers = by_layers ? *by_layers : cpu::is_faster_by_layers(p, torch::stable::get_num_threads());
+    p.threads = torch::stable::get_num_threads();
+    p.by_layers = by_layers ? *by_layers : cpu::is_faster_by_layers(p);
     if (p.rows > 0) cpu::mlp_forward(p, parallel_for);
     return rows.out;
   });

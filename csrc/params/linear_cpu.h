@@ -65,7 +65,8 @@ struct MlpParams {
   RowNorm<Element> norm, post_norm;
   LinearLayer<Element> fc1, fc2;
   Activation activation;
-  bool by_layers;  // compute one layer for all rows before the next one; see is_faster_by_layers
+  bool by_layers;   // compute one layer for all rows before the next one; see is_faster_by_layers
+  int64_t threads;  // the number of threads that the work should keep busy
 };
 
 // out = residual + norm(x). All rows are contiguous; out may be x.
@@ -78,9 +79,9 @@ struct NormParams {
   RowNorm<Element> norm;
 };
 
-// Returns true if a call on this number of threads should compute its layers one after the other.
+// Returns true if a call should compute its layers one after the other.
 template <class Element>
-bool is_faster_by_layers(const MlpParams<Element>& params, int64_t threads);
+bool is_faster_by_layers(const MlpParams<Element>& params);
 
 template <class Element>
 void linear_forward(const LinearParams<Element>& params, ParallelFor parallel_for);

@@ -22,6 +22,9 @@ namespace {
 // A group has at most about this many rows, and this many floats of all its panels.
 constexpr int64_t kGroupRows = kNumbers == 1 ? 200 : 256;
 constexpr int64_t kGroupFloats = 192 << 10;
+// A thread has at least this many groups, if there are enough windows. Each group reads all weights, and in tiles that
+// takes longer than the products.
+constexpr int64_t kGroupsPerThread = kHasTiles ? 1 : 2;
 
 // The division of the windows into groups. The windows of a group begin N columns apart in its panels.
 struct Groups {
@@ -32,7 +35,7 @@ struct Groups {
     const int64_t tokens = sizes.tokens, width = larger_width(p);
     const int64_t floats = tokens * (width + width / kNumbers + 3 * sizes.dim);
     windows = p.attention.batch * product(p.attention.geometry.num_windows);
-    size = smaller(smaller(kGroupRows / tokens, kGroupFloats / floats), windows / (2 * p.threads));
+    size = smaller(smaller(kGroupRows / tokens, kGroupFloats / floats), windows / (kGroupsPerThread * p.threads));
     size = size < 1 ? 1 : size;
     count = (windows + size - 1) / size;
     // The last vector of a window's queries may extend beyond the group. With an odd number of cache lines between
@@ -239,7 +242,7 @@ void attend(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t w, 
     const float* bias = s.bias.block(s.bias_types[w], head, b);
     if constexpr (kHasTiles) {
       matmul_fetching<Units>(sizes.keys, width, s.score_units, s.keys + at * s.keys_stride, s.keys_stride, q + first,
-                             stride, bias, s.scores, sizes.block, nullptr);
+                             stride, bias, s.scores, sizes.block);
     } else {
       matmul<true, Units>(sizes.keys, width, s.score_units, reinterpret_cast<const Units::Element*>(k),
                           stride * kNumbers, q + first, stride, bias, s.scores, sizes.block);
@@ -249,7 +252,7 @@ void attend(const AttentionHalfParams<Element>& p, AttentionHalf& s, int64_t w, 
     if constexpr (kNumbers > 1) {
       clear_units((sizes.keys + kNumbers - 1) / kNumbers, s.value_units, width, s.scores, sizes.block);
       matmul_fetching<Units>(s.value_rows, width, s.value_units, s.values, s.values_stride, s.scores, sizes.block,
-                             nullptr, s.output, sizes.block, nullptr);
+                             nullptr, s.output, sizes.block);
     } else {
       matmul<false>(dim, width, sizes.keys, v, stride, s.scores, sizes.block, nullptr, s.output, sizes.block);
     }
@@ -323,7 +326,9 @@ constexpr LayerKernels<Element> kLayerKernels = {{linear_tasks, linear_scratch_b
                                                  {mlp_tasks, mlp_scratch_bytes, mlp},
                                                  {norm_tasks, norm_scratch_bytes, norm},
                                                  {attention_half_tasks, attention_half_scratch_bytes, attention_half},
-                                                 {position_bias_tasks, position_bias_scratch_bytes, position_bias}};
+                                                 {position_bias_tasks, position_bias_scratch_bytes, position_bias},
+                                                 kHasTiles ? 64 : 256,
+                                                 2 * kGroupsPerThread};
 
 }  // namespace
 }  // namespace swinkernels::cpu::SWINKERNELS_ISA

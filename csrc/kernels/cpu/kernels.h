@@ -69,6 +69,9 @@ struct LayerKernels {
   TaskKernel<NormParams<Element>> norm;
   TaskKernel<AttentionHalfParams<Element>> attention_half;
   TaskKernel<PositionBiasParams<Element>> position_bias;
+  // With fewer rows of an MLP, or windows of an attention half, per thread, computing one layer after the other is faster
+  // than a single pass.
+  int64_t rows_per_thread, windows_per_thread;
 };
 
 struct Kernels {

@@ -11,15 +11,15 @@ namespace {
 
 // An MLP computes its layers for at most this many bytes of the hidden layer at a time, so that it stays in a cache.
 constexpr int64_t kMostHiddenBytes = 8 << 20;
-// In a single pass, an MLP divides its rows into blocks of at most 128 rows, and reads all weights for each. By layers,
-// the columns are divided, too, so few rows use the threads better. The more channels x and the result have together,
-// the fewer rows of them stay in the cache, and the more often the weights are read: on two threads of an AMD EPYC, a
-// single pass took 0.86 of the time of two layers for 2 * 1024 channels, and 1.5 for 2 * 1536.
-constexpr int64_t kMlpRowsPerThread = 256, kMostMlpChannels = 2048;
+// In a single pass, an MLP divides its rows into blocks, and reads all weights for each. By layers, the columns are
+// divided, too, so few rows use the threads better. The more channels x and the result have together, the fewer rows of
+// them stay in the cache, and the more often the weights are read: on two threads of an AMD EPYC, a single pass took 0.86
+// of the time of two layers for 2 * 1024 channels, and 1.5 for 2 * 1536.
+constexpr int64_t kMostMlpChannels = 2048;
 // In a single pass, a task of an attention half is a group of up to 256 rows, and it reads all weights. Layers read the
 // weights less often if there are too few windows for full groups on all threads, or so many channels that a group has
 // few rows.
-constexpr int64_t kWindowsPerThread = 4, kMostHalfChannels = 768;
+constexpr int64_t kMostHalfChannels = 768;
 
 template <class Element>
 void mlp_by_layers(const MlpParams<Element>& p, ParallelFor parallel_for) {
@@ -111,14 +111,15 @@ void linear_forward(const LinearParams<Element>& params, ParallelFor parallel_fo
 }
 
 template <class Element>
-bool is_faster_by_layers(const MlpParams<Element>& p, int64_t threads) {
-  return p.rows < kMlpRowsPerThread * threads || p.fc1.in_features + p.fc2.out_features > kMostMlpChannels;
+bool is_faster_by_layers(const MlpParams<Element>& p) {
+  return p.rows < layer_kernels<Element>().rows_per_thread * p.threads ||
+         p.fc1.in_features + p.fc2.out_features > kMostMlpChannels;
 }
 
 template <class Element>
 bool is_faster_by_layers(const AttentionHalfParams<Element>& p) {
   const int64_t windows = p.attention.batch * product(p.attention.geometry.num_windows);
-  return windows < kWindowsPerThread * p.threads || p.channels > kMostHalfChannels;
+  return windows < layer_kernels<Element>().windows_per_thread * p.threads || p.channels > kMostHalfChannels;
 }
 
 template <class Element>
@@ -133,8 +134,8 @@ void attention_half_forward(const AttentionHalfParams<Element>& p, ParallelFor p
   run_tasks(layer_kernels<Element>().attention_half, p, parallel_for);
 }
 
-template bool is_faster_by_layers(const MlpParams<float>&, int64_t);
-template bool is_faster_by_layers(const MlpParams<uint16_t>&, int64_t);
+template bool is_faster_by_layers(const MlpParams<float>&);
+template bool is_faster_by_layers(const MlpParams<uint16_t>&);
 template bool is_faster_by_layers(const AttentionHalfParams<float>&);
 template bool is_faster_by_layers(const AttentionHalfParams<uint16_t>&);
 template void linear_forward(const LinearParams<float>&, ParallelFor);

@@ -24,24 +24,26 @@ namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
 
 constexpr int64_t kPanelRows = (kHasTiles ? 2 : kTileVectors) * kLanes;
+// Of the size of a block. Tiles multiply a panel of one vector as fast.
+constexpr int64_t kRowStep = kHasTiles ? kLanes : kPanelRows;
 constexpr int64_t kMaxTail = kHasTiles ? 0 : kLanes / 4;
-constexpr int64_t kMaxBlockRows = 128;
+constexpr int64_t kMaxBlockRows = kHasTiles ? 256 : 128;
 constexpr int64_t kMaxBlockFloats = 512 << 10;  // of x, for a Linear layer with many input channels
 // Whole slices of kDepth units, so that a single pass of an MLP adds the products of fc2 in the same order as by layers.
 constexpr int64_t kHidden = 256 * kNumbers;
 static_assert(kHidden % (kDepth * kNumbers) == 0);
 // An MLP's block has this many floats of x, of its result and of kHidden hidden channels, so that they stay in L2.
-constexpr int64_t kMlpBlockFloats = 96 << 10;
+constexpr int64_t kMlpBlockFloats = (kHasTiles ? 288 : 96) << 10;
 // A call has about this many tasks if it is large enough, for any number of threads.
 constexpr int64_t kTasks = 128;
 
-// The division of `rows` rows into blocks of nearly the same size, which is a multiple of kPanelRows.
+// The division of `rows` rows into blocks of nearly the same size, which is a multiple of kRowStep.
 struct Blocks {
   int64_t rows, count, size;
 
   Blocks(int64_t all_rows, int64_t largest) : rows(all_rows) {
     count = (rows + largest - 1) / largest;
-    size = count == 0 ? 0 : round_up((rows + count - 1) / count, kPanelRows);
+    size = count == 0 ? 0 : round_up((rows + count - 1) / count, kRowStep);
     count = size == 0 ? 0 : (rows + size - 1) / size;
   }
 };
@@ -230,7 +232,7 @@ void multiply(const Layer& layer, int64_t first, int64_t count, int64_t unit, in
     const int64_t width = block.width_of(i);
     float* sums = y.at(i) + y_channel * width;
     matmul_fetching<Units>(count, width, depth, slice.data(), slice.stride(), x.at(i) + x_unit * width, width,
-                           adds ? sums : nullptr, sums, width, i == 0 ? slice.next() : nullptr);
+                           adds ? sums : nullptr, sums, width, slice.fetch(i, block.panels));
   }
   if constexpr (kMaxTail > 0) {
     if (block.tail == 0) return;
@@ -379,8 +381,12 @@ void linear_as(const LinearParams<Element>& p, int64_t* next, void* memory) {
 
 // ---- Two Linear layers with GELU between them ----
 
+// Returns the same number of blocks for each thread.
 Blocks mlp_blocks(const MlpParams<Element>& p) {
-  return Blocks(p.rows, block_rows(kMlpBlockFloats, p.fc1.in_features / kNumbers + p.fc2.out_features + kHidden));
+  const int64_t channels = p.fc1.in_features / kNumbers + p.fc2.out_features + kHidden;
+  const int64_t most = block_rows(kMlpBlockFloats, channels), of_thread = (p.rows + p.threads - 1) / p.threads;
+  const int64_t blocks = (of_thread + most - 1) / most;
+  return Blocks(p.rows, round_up((of_thread + blocks - 1) / blocks, kRowStep));
 }
 
 struct MlpScratch {

@@ -225,22 +225,28 @@ struct Slice {
   }
   const float* data() const { return units; }
   int64_t stride() const { return kDepth; }
-  const float* next() const { return nullptr; }
+  Fetch<float> fetch(int64_t, int64_t) const { return {}; }
 };
 
 template <class Same>
 struct Slice<Same, Same> {
   const Element *weight, *following;
-  int64_t row_stride;
+  int64_t row_stride, rows;
 
-  Slice(const Layer& layer, int64_t first, int64_t, int64_t unit, int64_t, float*)
+  Slice(const Layer& layer, int64_t first, int64_t count, int64_t unit, int64_t, float*)
       : weight(layer.weight + first * layer.row_stride + unit * kNumbers),
         following(next_slice(layer, first, unit * kNumbers)),
-        row_stride(layer.row_stride) {}
+        row_stride(layer.row_stride),
+        rows(count) {}
   const Element* data() const { return weight; }
   int64_t stride() const { return row_stride; }
-  // The part of the weight that the next product reads, which may be fetched.
-  const Element* next() const { return following; }
+  // The part of the next slice that the product with one of several panels fetches: in tiles an equal part each, else all
+  // with the first panel.
+  Fetch<Element> fetch(int64_t panel, int64_t panels) const {
+    if (!kHasTiles) return panel == 0 ? Fetch<Element>{following, rows} : Fetch<Element>{};
+    const int64_t first = rows * panel / panels;
+    return {following + first * row_stride, rows * (panel + 1) / panels - first};
+  }
 };
 
 // y (count, stride) = rows [first, first + count) of the layer's weight times the panel x of units, for `width` columns.
@@ -255,7 +261,7 @@ void multiply_columns(const Layer& layer, int64_t first, int64_t count, const fl
       const Slice<Stored, Units> slice(layer, first + c, columns, u, depth, memory);
       float* sums = y + c * stride;
       matmul_fetching<Units>(columns, width, depth, slice.data(), slice.stride(), x + u * stride, stride,
-                             u > 0 ? sums : nullptr, sums, stride, slice.next());
+                             u > 0 ? sums : nullptr, sums, stride, slice.fetch(0, 1));
       u += kDepth;
     } while (u < units);
   }

@@ -531,11 +531,18 @@ void matmul(int64_t rows, int64_t columns, int64_t depth, const typename Units::
   matmul_with<kTransposed, Units>(rows, columns, depth, a, lda, b, ldb, addend, c, ldc, nullptr);
 }
 
+// Rows of a matrix with the layout of a product's first factor, which the product fetches for a later one.
+template <class Element>
+struct Fetch {
+  const Element* matrix = nullptr;
+  int64_t rows = 0;
+};
+
 template <class Units>
 void matmul_fetching(int64_t rows, int64_t columns, int64_t depth, const typename Units::Element* a, int64_t lda,
                      const float* b, int64_t ldb, const float* addend, float* c, int64_t ldc,
-                     const typename Units::Element* next) {
-  matmul_with<false, Units>(rows, columns, depth, a, lda, b, ldb, addend, c, ldc, next);
+                     Fetch<typename Units::Element> fetch = {}) {
+  matmul_with<false, Units>(rows, columns, depth, a, lda, b, ldb, addend, c, ldc, fetch.matrix);
 }
 
 }  // namespace

@@ -99,10 +99,10 @@ SWINKERNELS_INLINE void multiply_tiles() {
 #endif
 
 // Computes kRowTiles by kColumnTiles tiles of c = a b + addend, for `steps` tiles along the units; see matmul_tile. With
-// two of each, every tile that is loaded is multiplied twice. Unless `next` is null, fetches the same part of this matrix.
+// two of each, every tile that is loaded is multiplied twice. Fetches `fetched` rows of the matrix `next` into L2.
 template <int kRowTiles, int kColumnTiles>
 void multiply_in_tiles(int64_t steps, const uint16_t* a, int64_t lda, const float* b, int64_t ldb, const float* addend,
-                       float* c, int64_t ldc, const uint16_t* next) {
+                       float* c, int64_t ldc, const uint16_t* next, int64_t fetched) {
   constexpr bool kTwoRows = kRowTiles == 2, kTwoColumns = kColumnTiles == 2, kFour = kTwoRows && kTwoColumns;
   const int64_t a_bytes = lda * sizeof(*a), b_bytes = ldb * sizeof(*b), c_bytes = ldc * sizeof(*c);
   if (addend == nullptr) {
@@ -117,11 +117,7 @@ void multiply_in_tiles(int64_t steps, const uint16_t* a, int64_t lda, const floa
     if constexpr (kFour) load_tile<3>(addend + kTile * ldc + kTile, c_bytes);
   }
   for (int64_t step = 0; step < steps; ++step) {
-    if (next != nullptr) {
-#pragma GCC unroll 32
-      for (int64_t r = 0; r < kRowTiles * kTile; ++r) __builtin_prefetch(next + r * lda);
-      next += 2 * kTile;
-    }
+    for (int64_t r = 0; r < fetched; ++r) __builtin_prefetch(next + r * lda, 0, 2);
     load_tile<4>(a, a_bytes);
     load_tile<6>(b, b_bytes);
     multiply_tiles<0, 4, 6>();
@@ -136,6 +132,7 @@ void multiply_in_tiles(int64_t steps, const uint16_t* a, int64_t lda, const floa
     if constexpr (kFour) multiply_tiles<3, 5, 7>();
     a += 2 * kTile;
     b += kTile * ldb;
+    next += 2 * kTile;
   }
   store_tile<0>(c, c_bytes);
   if constexpr (kTwoColumns) store_tile<1>(c + kTile, c_bytes);
@@ -143,22 +140,23 @@ void multiply_in_tiles(int64_t steps, const uint16_t* a, int64_t lda, const floa
   if constexpr (kFour) store_tile<3>(c + kTile * ldc + kTile, c_bytes);
 }
 
-// c (rows, columns) = a b + addend, for matrices that consist of whole tiles; `next` is as for matmul_with.
+// c (rows, columns) = a b + addend, for matrices that consist of whole tiles. The blocks of tiles fetch equal parts of the
+// rows to fetch, so that the weights arrive at the rate at which they are multiplied.
 void matmul_in_tiles(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda, const float* b,
-                     int64_t ldb, const float* addend, float* c, int64_t ldc, const uint16_t* next) {
-  const int64_t steps = depth / kTile;
-  for (int64_t j = 0; j < columns; j += 2 * kTile) {
-    for (int64_t i = 0; i < rows; i += 2 * kTile) {
+                     int64_t ldb, const float* addend, float* c, int64_t ldc, Fetch<uint16_t> fetch) {
+  constexpr int64_t kBlock = 2 * kTile;
+  const int64_t steps = depth / kTile, blocks = round_up(rows, kBlock) / kBlock * (round_up(columns, kBlock) / kBlock);
+  int64_t block = 0, fetched = 0;
+  for (int64_t j = 0; j < columns; j += kBlock) {
+    for (int64_t i = 0; i < rows; i += kBlock) {
       const bool two_rows = i + kTile < rows, two_columns = j + kTile < columns;
       const auto multiply = two_rows      ? two_columns ? multiply_in_tiles<2, 2> : multiply_in_tiles<2, 1>
                             : two_columns ? multiply_in_tiles<1, 2>
                                           : multiply_in_tiles<1, 1>;
-      const bool fetches = next != nullptr && j == 0, is_last = i + 2 * kTile >= rows;
+      const int64_t until = fetch.rows * ++block / blocks;
       multiply(steps, a + i * lda, lda, b + j, ldb, addend == nullptr ? nullptr : addend + i * ldc + j, c + i * ldc + j,
-               ldc,
-               !fetches  ? nullptr
-               : is_last ? next
-                         : a + (i + 2 * kTile) * lda);
+               ldc, fetch.matrix + fetched * lda, until - fetched);
+      fetched = until;
     }
   }
 }
@@ -167,10 +165,10 @@ void matmul_in_tiles(int64_t rows, int64_t columns, int64_t depth, const uint16_
 template <>
 void matmul_fetching<TiledUnits>(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda,
                                  const float* b, int64_t ldb, const float* addend, float* c, int64_t ldc,
-                                 const uint16_t* next) {
+                                 Fetch<uint16_t> fetch) {
   const int64_t tiled_rows = depth < kTile ? 0 : rows / kTile * kTile, tiled_depth = depth / kTile * kTile;
   if (tiled_rows > 0) {
-    matmul_in_tiles(tiled_rows, columns, tiled_depth, a, lda, b, ldb, addend, c, ldc, next);
+    matmul_in_tiles(tiled_rows, columns, tiled_depth, a, lda, b, ldb, addend, c, ldc, fetch);
     if (tiled_depth < depth) {
       matmul<false, BFloat16Units>(tiled_rows, columns, depth - tiled_depth, a + 2 * tiled_depth, lda,
                                    b + tiled_depth * ldb, ldb, c, c, ldc);
