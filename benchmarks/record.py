@@ -68,13 +68,15 @@ def row(
 def _cpu() -> str:
     """Return the CPU's name and family, the number of threads, and a note if denormal numbers are flushed to zero.
 
-    The family tells apart the generations of a processor whose name does not, such as "AMD EPYC" in a virtual machine.
+    The family, and whether there is AMX, tell apart the generations of a processor whose name does not, such as "AMD
+    EPYC" in a virtual machine.
     """
     name = "CPU"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
         name = re.sub(r"\((R|TM)\)", "", facts["model name"]) + f" (family {facts['cpu family']})"
+        name += " with AMX" if "amx_tile" in facts.get("flags", "").split() else ""
     except (OSError, KeyError):
         pass
     threads = torch.get_num_threads()

@@ -24,7 +24,7 @@ namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
 
 constexpr int64_t kPanelRows = (kHasTiles ? 2 : kTileVectors) * kLanes;
-// Of the size of a block. Tiles multiply a panel of one vector as fast.
+// The size of a block is a multiple of this. Only without tiles does a narrow panel take as long as a whole one.
 constexpr int64_t kRowStep = kHasTiles ? kLanes : kPanelRows;
 constexpr int64_t kMaxTail = kHasTiles ? 0 : kLanes / 4;
 constexpr int64_t kMaxBlockRows = kHasTiles ? 256 : 128;

@@ -36,7 +36,8 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// Instead of intrinsics, which in GCC are macros and do not say that they access memory. `stride` is in bytes.
+// Assembly takes the place of GCC's intrinsics, which do not accept a template's constants and do not say that they access
+// memory. `stride` is in bytes.
 template <int kRegister>
 SWINKERNELS_INLINE void load_tile(const void* from, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kRegister) : "memory");
@@ -117,7 +118,7 @@ void multiply_in_tiles(int64_t steps, const uint16_t* a, int64_t lda, const floa
     if constexpr (kFour) load_tile<3>(addend + kTile * ldc + kTile, c_bytes);
   }
   for (int64_t step = 0; step < steps; ++step) {
-    for (int64_t r = 0; r < fetched; ++r) __builtin_prefetch(next + r * lda, 0, 2);
+    for (int64_t r = 0; r < fetched; ++r) __builtin_prefetch(next + r * lda + step * 2 * kTile, 0, 2);
     load_tile<4>(a, a_bytes);
     load_tile<6>(b, b_bytes);
     multiply_tiles<0, 4, 6>();
@@ -132,7 +133,6 @@ void multiply_in_tiles(int64_t steps, const uint16_t* a, int64_t lda, const floa
     if constexpr (kFour) multiply_tiles<3, 5, 7>();
     a += 2 * kTile;
     b += kTile * ldb;
-    next += 2 * kTile;
   }
   store_tile<0>(c, c_bytes);
   if constexpr (kTwoColumns) store_tile<1>(c + kTile, c_bytes);
