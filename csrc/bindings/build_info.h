@@ -27,7 +27,7 @@ inline const char* cpu_instruction_sets() {
 #if defined(__x86_64__)
   return R"(["baseline", "emulated_amx", "avx2", "avx512", "avx512_bf16", "amx"])";
 #else
-  return R"(["baseline"])";
+  return R"(["baseline", "emulated_amx"])";
 #endif
 }
 

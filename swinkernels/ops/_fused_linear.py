@@ -6,9 +6,10 @@ tile while the tile is still in registers, in float32, and rounds once.
 
 The ops ``fused_linear`` and ``fused_mlp`` of ``torch.ops.swinkernels`` (csrc/kernels/cpu/linear.inl) take the place of
 oneDNN in float32 and bfloat16, for more than one row and weights whose rows are contiguous, on CPUs with AVX2. They
-multiply bfloat16 numbers with AMX or AVX512_BF16. Without either they widen them to float32 and multiply those, which
-takes about as long as in float32; oneDNN takes four times as long there, and with AVX2 it has no such product. The ops
-have no derivative. They can normalise the rows that they read and, in an MLP, the rows of the result.
+multiply bfloat16 numbers with AMX or, on AMD's CPUs, AVX512_BF16. Elsewhere they widen them to float32 and multiply
+those, which takes about as long as in float32; without AVX512_BF16, oneDNN takes four times as long, and with AVX2 it
+has no such product. The ops have no derivative. They can normalise the rows that they read and, in an MLP, the rows of
+the result.
 """
 
 from __future__ import annotations

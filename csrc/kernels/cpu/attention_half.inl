@@ -5,8 +5,9 @@
 //           products q, k and v of a head are panels, too. q is what the scores need as it is, k and v are read by
 //           single units, and the output of attention is the panel that proj reads. Nothing is transposed but x and the
 //           result. In bfloat16, a unit of v and of the probabilities consists of two keys, so v is repacked for each
-//           window. Tiles read k row by row, so it is transposed, too, and all their units beyond a matrix are 0. Windows follow one another without gaps, so in the products with weights only the last vector of a
-//           group has lanes without a row.
+//           window. Tiles read k row by row, so it is transposed, too; where there is room, units of 0 fill up the
+//           tiles of a window. Windows follow one another without gaps, so in the products with weights only the last
+//           vector of a group has lanes without a row.
 // Tiling    A group has so few windows that its rows of x and of the output stay in L2. Its heads follow one another, so
 //           that the weights of one head are read once per group.
 // Work      As in linear.inl and window_attention.inl, but the maps of the norm, of q, k and v and of the output of

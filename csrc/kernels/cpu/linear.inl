@@ -74,7 +74,7 @@ struct Panels {
       : height(panel_height), tail_stride(round_up(panel_height, kLanes)) {
     data = arena.take<float>(blocks.size * height);
     tail = arena.take<float>(kMaxTail * tail_stride);
-    packed_tail = arena.take<float>(normalises ? kLanes * height : 0);
+    packed_tail = arena.take<float>(normalises && kMaxTail > 0 ? kLanes * height : 0);
   }
   float* at(int64_t panel) const { return data + panel * kPanelRows * height; }
   float* tail_row(int64_t row) const { return tail + row * tail_stride; }
@@ -381,7 +381,7 @@ void linear_as(const LinearParams<Element>& p, int64_t* next, void* memory) {
 
 // ---- Two Linear layers with GELU between them ----
 
-// Returns the same number of blocks for each thread.
+// Returns about the same number of blocks for each thread.
 Blocks mlp_blocks(const MlpParams<Element>& p) {
   const int64_t channels = p.fc1.in_features / kNumbers + p.fc2.out_features + kHidden;
   const int64_t most = block_rows(kMlpBlockFloats, channels), of_thread = (p.rows + p.threads - 1) / p.threads;
@@ -418,12 +418,15 @@ void mlp_as(const MlpParams<Element>& p, int64_t* next, void* memory) {
       const int64_t depth = smaller(kHidden, p.fc1.out_features - h);
       multiply_all(p.fc1, h, depth, block, s.x, s.hidden, s.slice);
       activate_all<kActivation, Stored>(p.fc1, h, depth, block, s.hidden);
+      Layer part = p.fc2;  // the channels of this pass, so that the slice after the last one is that of the next rows
+      part.weight += h;
+      part.in_features = depth;
       const int64_t units = depth / kNumbers;
       for (int64_t c = 0; c < out; c += kColumns) {
         int64_t u = 0;
         do {
-          multiply(p.fc2, c, smaller(kColumns, out - c), h / kNumbers + u, smaller(kDepth, units - u), block, s.hidden,
-                   u, s.y, c, h > 0 || u > 0, s.slice);
+          multiply(part, c, smaller(kColumns, out - c), u, smaller(kDepth, units - u), block, s.hidden, u, s.y, c,
+                   h > 0 || u > 0, s.slice);
           u += kDepth;
         } while (u < units);
       }

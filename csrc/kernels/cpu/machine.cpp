@@ -7,7 +7,6 @@
 #endif
 
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -37,7 +36,7 @@ const char* name(InstructionSet set) {
 
 #ifdef __x86_64__
 // Returns true if the CPU has AMX's products of bfloat16 and this process may use them: Linux gives a process access to
-// the tile registers only on request.
+// the tile registers only on request, and not if a thread has a signal stack that is too small for them.
 bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kBoth = kBFloat16 | kTile;
@@ -47,8 +46,8 @@ bool has_amx() {
 }
 #endif
 
-// The supported instruction sets, fastest first.
-std::vector<InstructionSet> supported() {
+// The supported instruction sets, fastest first. `asked` is the set that the user named, or empty.
+std::vector<InstructionSet> supported(const std::string& asked) {
   std::vector<InstructionSet> sets;
 #ifdef __x86_64__
   __builtin_cpu_init();
@@ -59,7 +58,7 @@ std::vector<InstructionSet> supported() {
   // Intel's CPUs have half as many products of bfloat16 a cycle, outside AMX, as of float32: on a Xeon with AMX turned
   // off, Swin-T took 1.4 times as long as with widened numbers.
   const bool intel = __builtin_cpu_is("intel");
-  if (bfloat16 && has_amx()) sets.push_back(InstructionSet::kAmx);
+  if (bfloat16 && (asked.empty() || asked == "amx") && has_amx()) sets.push_back(InstructionSet::kAmx);
   if (bfloat16 && !intel) sets.push_back(InstructionSet::kAvx512BFloat16);
   if (avx512) sets.push_back(InstructionSet::kAvx512);
   if (bfloat16 && intel) sets.push_back(InstructionSet::kAvx512BFloat16);
@@ -71,14 +70,15 @@ std::vector<InstructionSet> supported() {
 }
 
 InstructionSet choose() {
-  const auto sets = supported();
-  const char* asked = std::getenv("SWINKERNELS_CPU_ISA");
-  if (asked == nullptr || *asked == '\0') return sets.front();
-  std::string names;
+  const char* variable = std::getenv("SWINKERNELS_CPU_ISA");
+  const std::string asked = variable == nullptr ? "" : variable;
+  const auto sets = supported(asked);
+  if (asked.empty()) return sets.front();
   for (const InstructionSet set : sets) {
-    if (std::strcmp(asked, name(set)) == 0) return set;
-    names += (names.empty() ? "" : ", ") + std::string(name(set));
+    if (asked == name(set)) return set;
   }
+  std::string names;
+  for (const InstructionSet set : supported("")) names += (names.empty() ? "" : ", ") + std::string(name(set));
   throw std::invalid_argument("SWINKERNELS_CPU_ISA must be an instruction set that this machine supports (" + names +
                               "), got " + asked);
 }

@@ -2,10 +2,10 @@
 //
 // A product multiplies a tile of a weight's rows, where they lie, by a tile of 16 units of 16 of a panel's rows, and adds
 // the result to a tile of the panel of sums. So panels need no other layout than for products of vectors, which compute
-// the rows and the units that do not fill a tile. Subnormal numbers count as 0, in factors and in sums.
+// the rows and the units that do not fill a tile. AMX treats subnormal numbers as 0, in factors and in sums.
 //
 // If SWINKERNELS_AMX is not defined, arrays take the place of the tile registers, so that every machine can test the
-// code that uses them.
+// code that uses them. Subnormal numbers then keep their values.
 #pragma once
 #include "arena.inl"
 
@@ -36,8 +36,8 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// Assembly takes the place of GCC's intrinsics, which do not accept a template's constants and do not say that they access
-// memory. `stride` is in bytes.
+// Assembly takes the place of GCC's intrinsics, which do not accept a template's constants and do not say that they
+// access memory. `stride` is in bytes.
 template <int kRegister>
 SWINKERNELS_INLINE void load_tile(const void* from, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kRegister) : "memory");
