@@ -166,9 +166,17 @@ template <>
 void matmul_fetching<TiledUnits>(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t lda,
                                  const float* b, int64_t ldb, const float* addend, float* c, int64_t ldc,
                                  Fetch<uint16_t> fetch) {
-  const int64_t tiled_rows = depth < kTile ? 0 : rows / kTile * kTile, tiled_depth = depth / kTile * kTile;
+  const int64_t tiled_depth = depth / kTile * kTile;
+  int64_t tiled_rows = depth < kTile ? 0 : rows / kTile * kTile;
   if (tiled_rows > 0) {
     matmul_in_tiles(tiled_rows, columns, tiled_depth, a, lda, b, ldb, addend, c, ldc, fetch);
+    // The last rows share a tile with rows before them, which are computed twice. They must not be added twice.
+    if (tiled_rows < rows && addend != c) {
+      const int64_t first = rows - kTile;
+      matmul_in_tiles(kTile, columns, tiled_depth, a + first * lda, lda, b, ldb,
+                      addend == nullptr ? nullptr : addend + first * ldc, c + first * ldc, ldc, {});
+      tiled_rows = rows;
+    }
     if (tiled_depth < depth) {
       matmul<false, BFloat16Units>(tiled_rows, columns, depth - tiled_depth, a + 2 * tiled_depth, lda,
                                    b + tiled_depth * ldb, ldb, c, c, ldc);
