@@ -286,6 +286,18 @@ FAULTS = {
         "nullptr,",
         _LINEAR_TESTS + "test_instruction_set[emulated_amx]",
     ),
+    "cpu-tiles-shared-rows-added-twice": Fault(
+        _TILES,
+        "tiled_rows < rows && addend != c",
+        "tiled_rows < rows",
+        _LINEAR_TESTS + "test_instruction_set[emulated_amx]",
+    ),
+    "cpu-tiles-shared-rows-without-bias": Fault(
+        _TILES,
+        "addend == nullptr ? nullptr : addend + first * ldc,",
+        "nullptr,",
+        _HALF_TESTS + "test_instruction_set[emulated_amx]",
+    ),
     "cpu-tiles-keys-of-the-first-window": Fault(
         _HALF,
         "s.keys + at * s.keys_stride, s.keys_stride, q + first,",
