@@ -1,8 +1,9 @@
 """Compile csrc/ with ninja, using torch's extension tools.
 
-The script builds two extensions. ``swinkernels._ops`` contains the kernels and their op bindings on torch's stable ABI;
-it is loaded by torch and is not a Python module. ``swinkernels._C`` is a pybind11 module from which programs can read
-the build information without torch. These environment variables are read:
+The script builds three extensions. ``swinkernels._ops`` contains the kernels and their op bindings on torch's stable
+ABI; it is loaded by torch and is not a Python module. ``swinkernels._state`` is a module on Python's stable ABI that
+compares torch modules with an earlier state. ``swinkernels._C`` is a pybind11 module from which programs can read the
+build information without torch. These environment variables are read:
 
 SWINKERNELS_BUILD        auto (default): CPU kernels, and CUDA kernels if a CUDA toolkit of torch's major version is
                          found, with or without a GPU; cuda: CPU and CUDA kernels, or an error; hot: like cuda, with
@@ -198,7 +199,6 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
     import pybind11
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    module = ["csrc/bindings/module.cpp"]
     cuda = sources("kernels/cuda/**/*.cu") if plan.toolkit else []
     if plan.bfloat16_alone:
         cuda = [path for path in cuda if "window_attention/instantiations" not in path or "bfloat16" in path]
@@ -213,7 +213,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
     nvcc_flags.append("-Xfatbin=-compress-all")  # compresses machine code, too: 15.6 MB instead of 41.3 MB
     ops = (CUDAExtension if plan.toolkit else CppExtension)(
         "swinkernels._ops",
-        sorted({*sources("bindings/**/*.cpp"), *sources("kernels/cpu/**/*.cpp"), *cuda} - {*module}),
+        [*sources("bindings/**/*.cpp"), *sources("kernels/cpu/**/*.cpp"), *cuda],
         include_dirs=includes,
         # Use the stable ABI of the oldest supported torch: the library loads in that version and every newer one.
         define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)), *with_cuda]
@@ -223,22 +223,33 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
         extra_link_args=["-Wl,--no-undefined"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )
+    state = Extension(
+        "swinkernels._state",
+        ["csrc/python/state.cpp"],
+        extra_compile_args={"cxx": cxx_flags},
+        language="c++",
+        py_limited_api=True,
+    )
     if FOR_EVERY_PYTHON:
-        return [ops]
+        return [ops, state]
     without_torch = Extension(
         "swinkernels._C",
-        module,
+        ["csrc/python/build_info.cpp"],
         include_dirs=[*includes, pybind11.get_include()]
         + ([str(plan.toolkit.home / "include")] if plan.toolkit else []),
         define_macros=with_cuda,
         extra_compile_args={"cxx": cxx_flags},
         language="c++",
     )
-    return [ops, without_torch]
+    return [ops, state, without_torch]
 
 
 def wheel_for_every_python() -> type:
-    """Return a bdist_wheel class that tags wheels py3-none-PLATFORM, since the op library does not depend on Python."""
+    """Return a bdist_wheel class that tags wheels py3-none-PLATFORM.
+
+    The op library does not depend on Python, and where Python cannot import ``swinkernels._state``, the package does
+    without it.
+    """
     from setuptools.command.bdist_wheel import bdist_wheel
 
     class WheelForEveryPython(bdist_wheel):

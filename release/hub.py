@@ -163,13 +163,12 @@ def write(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: name another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("python"))
     write_package(folder / "torch-ext" / "swinkernels")
     bindings = []
     for path in sorted((folder / "csrc" / "bindings").glob("*.cpp")):
-        if path.name != "module.cpp":  # swinkernels._C
-            (folder / "torch-ext" / path.name).write_text(BINDING + path.read_text())
-            bindings.append(path.name)
+        (folder / "torch-ext" / path.name).write_text(BINDING + path.read_text())
+        bindings.append(path.name)
         path.unlink()
     (folder / "torch-ext" / "torch_binding.cpp").write_text(MODULE)
     (folder / "torch-ext" / "build_facts.h").write_text(FACTS.format(cuda=facts(True), cpu=facts(False)))

@@ -4,10 +4,10 @@
     python -m release.wheel cuda    # swinkernels, swinkernels-cu12, ...: CPU and CUDA kernels, for torch's CUDA
 
 All wheels contain the package ``swinkernels``, so only one can be installed at a time. The op library uses torch's
-stable ABI and does not depend on Python, so one wheel works with Python 3.10 and newer and torch 2.11 and newer.
-auditwheel tags the wheel with the oldest manylinux policy that its C and C++ symbols allow; the tag depends on the C
-and C++ runtimes of the build machine. The wheel does not contain torch's libraries or the CUDA runtime; both come with
-torch.
+stable ABI and does not depend on Python, and the module ``swinkernels._state`` uses Python's stable ABI, so one wheel
+works with Python 3.10 and newer and torch 2.11 and newer. auditwheel tags the wheel with the oldest manylinux policy
+that its C and C++ symbols allow; the tag depends on the C and C++ runtimes of the build machine. The wheel does not
+contain torch's libraries or the CUDA runtime; both come with torch.
 """
 
 from __future__ import annotations

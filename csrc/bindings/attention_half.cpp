@@ -16,6 +16,18 @@
 namespace swinkernels {
 namespace {
 
+// Returns a table as float32, which the kernels read. Tables are small, and torch's conversion of one takes tens of
+// microseconds if other code has just used the caches.
+OptionalTensor as_float(OptionalTensor table) {
+  if (!table || table->scalar_type() != ScalarType::BFloat16) return table;
+  if (!table->is_contiguous()) table = as_contiguous(*table);
+  Tensor copy = new_empty(*table, sizes(*table, table->dim()), ScalarType::Float);
+  const auto* from = static_cast<const uint16_t*>(data_of(*table));
+  auto* to = static_cast<uint32_t*>(copy.mutable_data_ptr());
+  for (int64_t i = 0; i < copy.numel(); ++i) to[i] = uint32_t{from[i]} << 16;
+  return copy;
+}
+
 // Without k_weight and v_weight, q_weight has the rows of all three.
 Tensor fused_attention_half(Tensor x, Tensor q_weight, OptionalTensor k_weight, OptionalTensor v_weight,
                             OptionalTensor qkv_bias, Tensor proj_weight, OptionalTensor proj_bias,
@@ -64,7 +76,7 @@ Tensor fused_attention_half(Tensor x, Tensor q_weight, OptionalTensor k_weight, 
     const WindowGeometry& g = p.attention.geometry;
     STD_TORCH_CHECK(!spec.axis_tables && g.key_margin[0] + g.key_margin[1] + g.key_margin[2] == 0,
                     "swinkernels: fused_attention_half has no axis_tables and no key window");
-    Tables tables{std::move(bias_table), std::move(bias), std::move(logit_scale), {}, std::move(region_map), {}};
+    Tables tables{as_float(bias_table), std::move(bias), as_float(logit_scale), {}, std::move(region_map), {}};
     fill_tables(p.attention, tables, spec, rank);
     Tensor out = new_empty(x, shape);
     if (out.numel() == 0) return out;

@@ -31,10 +31,20 @@ _CALL_IMPL = nn.Module._call_impl
 _MOST_RESULTS = 64
 
 Result = TypeVar("Result")
+Tensors = tuple[Tensor | None, ...]
+
+# Compares most of a _State several times as fast as Python. Its facts have a layout, which has a number.
+_tensors_if_current: Callable[[nn.Module, tuple[Any, ...]], Tensors | None] | None = None
+try:
+    from swinkernels import _state
+except ImportError:  # not compiled, or for another Python
+    pass
+else:
+    _tensors_if_current = _state.tensors_if_current if _state.LAYOUT == 1 else None
 
 
-def _flat(groups: Iterable[Iterable[Any]]) -> list[Any]:
-    return list(chain.from_iterable(groups))
+def _flat(groups: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
+    return tuple(chain.from_iterable(groups))
 
 
 def _none() -> None:
@@ -62,72 +72,94 @@ class _State:
         """Copy the state, except the attribute named ``keeper``, which would make a reference cycle."""
         self.results: dict[Any, Any] = {}
         inner = [m for m in module.modules() if m is not module]
-        self._inner = [weakref.ref(m) for m in inner]
+        self._inner = tuple(map(weakref.ref, inner))
         modules = [module, *inner]
         states = [m.__dict__ for m in modules]
-        self._kinds = list(map(type, modules))
-        self._sizes = list(map(len, states))
+        self._kinds = tuple(map(type, modules))
+        self._sizes = tuple(map(len, states))
         left = {*_OF_ALL_MODULES, keeper}
         names = [[n for n, v in s.items() if n not in left and not isinstance(v, (Tensor, nn.Module))] for s in states]
-        self._read = [itemgetter("training", "training", *some) for some in names]  # twice, so always a tuple
+        self._attributes = tuple(("training", *some) for some in names)  # two or more, so itemgetter returns a tuple
+        self._read = [itemgetter(*some) for some in self._attributes]
         self._values = _flat([read(state) for read, state in zip(self._read, states, strict=True)])
         self._containers = _containers(self._values)
         self._contents = [value.copy() for value in self._containers]
         # The names of inner modules, in the order of their calls in a Sequential, and their positions in this list.
         known = [*modules, None]
         held = [of for of in map(_modules_of, states) if of]
-        self._names = list(map(list, held))
+        self._names = tuple(map(tuple, held))
         children = _flat(map(dict.values, held))
-        self._positions = [next(i for i, m in enumerate(known) if m is child) for child in children]
+        self._positions = tuple(next(i for i, m in enumerate(known) if m is child) for child in children)
         # FSDP sets views of its flat parameters as attributes.
-        self._others = [(i, n) for i, s in enumerate(states) for n, v in s.items() if isinstance(v, Tensor)]
+        self._others = tuple((i, n) for i, s in enumerate(states) for n, v in s.items() if isinstance(v, Tensor))
         tensors = self._tensors(states)
-        self._types = list(map(type, tensors))
+        self._types = tuple(map(type, tensors))
         if not PLAIN_TYPES.issuperset(self._types):
             raise TypeError("a parameter or buffer is of a subclass of Tensor")
-        self._metadata = list(map(metadata, [t for t in tensors if t is not None]))
+        self._metadata = tuple(map(metadata, [t for t in tensors if t is not None]))
         # Values of parameters do not matter, so a parameter may be replaced by another one of the same kind.
-        self._buffers = [(weakref.ref(t), _version_of(t)) for t in tensors if type(t) is Tensor]
+        self._buffers = tuple((weakref.ref(t), _version_of(t)) for t in tensors if type(t) is Tensor)
         self._own_hooks = [dict(hooks) for hooks in _hooks_of(module.__dict__)]  # they run in any case
         classes = dict.fromkeys(cls for kind in self._kinds for cls in kind.__mro__)
         self._classes = [vars(cls) for cls in classes if cls not in (nn.Module, object)]
         self._code = [dict(code) for code in self._classes]
         self._functions = nn.Module.__call__, F.gelu
+        self._facts = (
+            self._inner, self._kinds, self._sizes, self._attributes, self._values, self._names, self._positions,
+            self._others, self._types, self._metadata, self._buffers, Tensor,
+        )  # fmt: skip
 
-    def _tensors(self, states: list[dict[str, Any]]) -> list[Tensor | None]:
+    def _tensors(self, states: list[dict[str, Any]]) -> Tensors:
         tensors = _flat(map(dict.values, [of for of in _flat(map(_tensors_of, states)) if of]))
-        return tensors + [states[i][name] for i, name in self._others] if self._others else tensors
+        return (*tensors, *(states[i][name] for i, name in self._others)) if self._others else tensors
 
-    def is_current(self, module: nn.Module) -> bool:
-        """Return True if nothing has changed since the copy was made."""
-        modules = [module, *[reference() for reference in self._inner]]
-        if list(map(type, modules)) != self._kinds:
-            return False
-        states = [m.__dict__ for m in modules]
-        if list(map(len, states)) != self._sizes or any(_flat(map(_hooks_of, states[1:]))):
-            return False
-        values = _flat([read(state) for read, state in zip(self._read, states, strict=True)])
-        if not all(map(is_, values, self._values)):
-            return False
-        held = [of for of in map(_modules_of, states) if of]
-        if list(map(list, held)) != self._names:
-            return False
-        modules.append(None)
-        if not all(map(is_, _flat(map(dict.values, held)), [modules[i] for i in self._positions])):
-            return False
-        tensors = self._tensors(states)
-        return (
-            list(map(type, tensors)) == self._types
-            and list(map(metadata, [t for t in tensors if t is not None])) == self._metadata
-            and all(of() is t and _version_of(t) == v for (of, v), t in self._pairs(tensors))
+    def tensors(self, module: nn.Module) -> Tensors | None:
+        """Return the parameters and buffers if nothing has changed since the copy was made, else None."""
+        tensors = _tensors_if_current(module, self._facts) if _tensors_if_current else self._tensors_if_current(module)
+        is_current = (
+            tensors is not None
             and self._containers == self._contents
             and list(_hooks_of(module.__dict__)) == self._own_hooks
             and self._classes == self._code
             and self._functions == (nn.Module.__call__, F.gelu)
         )
+        return tensors if is_current else None
 
-    def _pairs(self, tensors: list[Tensor | None]) -> Iterable[Any]:
+    def _tensors_if_current(self, module: nn.Module) -> Tensors | None:
+        """Compare the modules, their attributes and their tensors, as :mod:`swinkernels._state` does."""
+        modules = [module, *[reference() for reference in self._inner]]
+        if tuple(map(type, modules)) != self._kinds:
+            return None
+        states = [m.__dict__ for m in modules]
+        if tuple(map(len, states)) != self._sizes or any(_flat(map(_hooks_of, states[1:]))):
+            return None
+        values = _flat([read(state) for read, state in zip(self._read, states, strict=True)])
+        if not all(map(is_, values, self._values)):
+            return None
+        held = [of for of in map(_modules_of, states) if of]
+        if tuple(map(tuple, held)) != self._names:
+            return None
+        modules.append(None)
+        if not all(map(is_, _flat(map(dict.values, held)), [modules[i] for i in self._positions])):
+            return None
+        tensors = self._tensors(states)
+        are_same = (
+            tuple(map(type, tensors)) == self._types
+            and tuple(map(metadata, [t for t in tensors if t is not None])) == self._metadata
+            and all(of() is t and _version_of(t) == v for (of, v), t in self._pairs(tensors))
+        )
+        return tensors if are_same else None
+
+    def _pairs(self, tensors: Tensors) -> Iterable[Any]:
         return zip(self._buffers, [t for t in tensors if type(t) is Tensor], strict=True)
+
+
+def _compared(state: _State, module: nn.Module) -> Tensors | None:
+    """Return the result of state.tensors(module), or None if the comparison raised an error."""
+    try:
+        return state.tensors(module)
+    except Exception:
+        return None
 
 
 class Checks:
@@ -153,28 +185,40 @@ class Checks:
         if self._owner() is not module:
             return None  # copy.copy and DataParallel's replicas share the attributes of the copied module
         if self._begins:
-            self._begins, self._results = False, None
-            if not any(GLOBAL_HOOKS) and nn.Module._call_impl is _CALL_IMPL and is_plain(()):
-                self._compare(module)
+            self._compare(module)
         return self._results
 
-    def _compare(self, module: nn.Module) -> None:
-        try:
-            if self._state is not None and self._state.is_current(module):
-                self._changes, self._results = 0, self._state.results
-                return
-        except Exception:  # a comparison raised an error, which counts as a change
-            pass
-        self._state = None
-        self._changes += 1
-        if self._changes > 4 and self._changes % 64:
-            return  # the module changes before every call, so copying its state would only take time
-        try:
-            state = _State(module, self.ATTRIBUTE)
-            if state.is_current(module):
-                self._state, self._results = state, state.results
-        except Exception:  # for example, inference tensors have no version
-            pass
+    def results_and_tensors(self, module: nn.Module) -> tuple[dict[Any, Any], Tensors] | None:
+        """Return the results kept for this call of ``module`` with its parameters and buffers.
+
+        Return None if results must not be kept, or if another caller has asked for them before in this call: the
+        tensors, which must not be kept alive, are only known while the state is compared.
+        """
+        return self._compare(module) if self._begins and self._owner() is module else None
+
+    def _compare(self, module: nn.Module) -> tuple[dict[Any, Any], Tensors] | None:
+        self._begins, self._results = False, None
+        if any(GLOBAL_HOOKS) or nn.Module._call_impl is not _CALL_IMPL or not is_plain(()):
+            return None
+        state = self._state
+        tensors = None if state is None else _compared(state, module)
+        if state is None or tensors is None:
+            self._state = None
+            self._changes += 1
+            if self._changes > 4 and self._changes % 64:
+                return None  # the module changes before every call, so copying its state would only take time
+            try:
+                state = _State(module, self.ATTRIBUTE)
+            except Exception:  # for example, inference tensors have no version
+                return None
+            tensors = _compared(state, module)
+            if tensors is None:
+                return None
+            self._state = state
+        else:
+            self._changes = 0
+        self._results = state.results
+        return state.results, tensors
 
     def __deepcopy__(self, memo: Any) -> Checks:
         return Checks()
@@ -201,6 +245,15 @@ def keeps_results(module: Any) -> bool:
     return _results(module) is not None
 
 
+def results_and_tensors(module: Any) -> tuple[dict[Any, Any], Tensors] | None:
+    """Return the results kept for this call of ``module``, and the parameters and buffers of it and those inside it.
+
+    Return None if results must not be kept, or if another function of this file has been called before in this call.
+    """
+    checks = None if torch.compiler.is_compiling() else module.__dict__.get(Checks.ATTRIBUTE)
+    return None if checks is None else checks.results_and_tensors(module)
+
+
 def kept(module: Any, key: Callable[[], Any], make: Callable[[], Result]) -> Result | None:
     """Return make(), or the result of an earlier call with the same key() if nothing has changed since then.
 
@@ -214,11 +267,12 @@ def kept(module: Any, key: Callable[[], Any], make: Callable[[], Result]) -> Res
     if under is None:
         return None
     if under not in results:
-        _keep(results, under, make())
+        keep(results, under, make())
     return results[under]
 
 
-def _keep(results: dict[Any, Any], key: Any, result: Any) -> None:
+def keep(results: dict[Any, Any], key: Any, result: Any) -> None:
+    """Add a result to those of :func:`results_and_tensors`, under the rules of :func:`kept`."""
     if len(results) >= _MOST_RESULTS:
         results.clear()
     results[key] = result
@@ -241,5 +295,5 @@ def settled(module: Any, check: Callable[..., Result], *arguments: Any) -> Resul
         return results[key]
     result = check(module, *arguments)
     if not isinstance(result, str) and result is not False:
-        _keep(results, key, result)
+        keep(results, key, result)
     return result

@@ -28,6 +28,7 @@ from swinkernels.adapters.linear_layers import (
     why_not_readable,
 )
 from swinkernels.adapters.norms import Residual, are_elsewhere, norm_dtype
+from swinkernels.adapters.repeated import repeated
 from swinkernels.ops._backends import backend_beside
 from swinkernels.ops._fused_attention import KernelCall
 from swinkernels.ops._fused_attention import attention_half as fused_attention_half
@@ -98,7 +99,7 @@ class Halves:
                 Returns None if attention_half cannot compute it.
         """
         if not torch.is_grad_enabled():
-            return self._inferred(block, x, attention) if joins(x) else None
+            return repeated(block, self, x, lambda: self._inferred(block, x, attention)) if joins(x) else None
         if not (block._swinkernels_recomputes and is_untraced((x,))):
             return None
         of_branch = linear_dtype(x)

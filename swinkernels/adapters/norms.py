@@ -25,8 +25,10 @@ from swinkernels.adapters.bypass import (
 )
 from swinkernels.adapters.checks import settled
 from swinkernels.adapters.part import Part, norm_part
+from swinkernels.adapters.repeated import repeated
 from swinkernels.ops import layer_norm, patch_merging, residual_layer_norm, residual_post_norm
 from swinkernels.ops._backends import backend_beside, patch_merging_reasons, residual_reasons
+from swinkernels.ops._fused_linear import joins
 from swinkernels.ops._library import autocast_dtype, linear_dtype
 
 
@@ -232,6 +234,9 @@ class Merging:
 
     def run(self, merging: Any, x: Tensor) -> Tensor | None:
         """Return the merged map, or None if the library's own code has to run."""
+        return repeated(merging, self, x, lambda: self._run(merging, x)) if joins(x) else self._run(merging, x)
+
+    def _run(self, merging: Any, x: Tensor) -> Tensor | None:
         if settled(merging, self.why_not) is not None:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight

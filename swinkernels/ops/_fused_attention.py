@@ -16,7 +16,8 @@ from swinkernels.ops._fused_linear import Layer, run
 from swinkernels.ops._library import define, register_without_derivative
 from swinkernels.window_spec import WindowSpec
 
-# Without k_weight and v_weight, q_weight has the rows of all three. The tables are float32 except region_map (int32).
+# Without k_weight and v_weight, q_weight has the rows of all three. bias is float32, bias_table and logit_scale are
+# float32 or bfloat16, and region_map is int32.
 # norm is "", "pre" or "post". If by_layers is true, attention begins when QKV has been computed for all rows (or for
 # those of many images), and so on; if it is None, the op chooses the faster way.
 define(
@@ -78,6 +79,13 @@ def attention_half(
     call: KernelCall,
 ) -> Tensor:
     """Run the op. ``norm`` is the weight and the bias of the norm, and run_on_kernels must have returned True."""
-    *floats, region_map = tables
-    floats = [t if t is None else t.float() for t in floats]
-    return run(_OP, x, *(*qkv, None, None)[:3], qkv_bias, *proj, *norm, *floats, region_map, *call, None)
+    bias_table, bias, logit_scale, region_map = tables
+    if bias is not None:
+        bias = bias.float()
+    read = _as_read(bias_table), bias, _as_read(logit_scale), region_map
+    return run(_OP, x, *(*qkv, None, None)[:3], qkv_bias, *proj, *norm, *read, *call, None)
+
+
+def _as_read(table: Tensor | None) -> Tensor | None:
+    """Return a table in a dtype that the op reads."""
+    return table if table is None or table.dtype in (torch.float32, torch.bfloat16) else table.float()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -258,12 +259,31 @@ def mlp(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+class Call(NamedTuple):
+    """A call of :func:`run`."""
+
+    op: Any
+    arguments: tuple[Any, ...]
+    result: Tensor
+
+
+class _Recorded(threading.local):
+    # To this list, unless it is None, run adds its calls in this thread.
+    calls: list[Call] | None = None
+
+
+recorded = _Recorded()
+
+
 def run(op: Any, *arguments: Any) -> Tensor:
     """Run an op on tensors that need no gradient and that are known to be plain, except in compiled code."""
     if torch.compiler.is_compiling():
         return op.overload(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return op.overload(*arguments)
+        result = op.overload(*arguments)
+    if recorded.calls is not None:
+        recorded.calls.append(Call(op, arguments, result))
+    return result
 
 
 # glibc returns blocks of more than 32 MiB to the system when they are freed, so every call would have to map their

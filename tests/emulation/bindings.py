@@ -23,7 +23,7 @@ def library() -> Path:
 
     It shares the object files of the kernels with the other emulated libraries.
     """
-    bindings = [path for path in emulation.bindings_folder().glob("*.cpp") if path.name != "module.cpp"]
+    bindings = emulation.bindings_folder().glob("*.cpp")
     kernels = [path for op in KERNELS for path in emulation.kernel_sources(op)]
     return emulation.build("bindings", [Path(__file__).with_suffix(".cpp"), *sorted(bindings), *kernels])
 

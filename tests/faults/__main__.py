@@ -26,7 +26,7 @@ from tests.faults import Fault, all_faults
 
 ROOT = Path(__file__).resolve().parents[2]
 # Sources that are compiled into the extension. The emulator compiles the CUDA kernels itself.
-COMPILED = ("csrc/kernels/cpu/", "csrc/bindings/")
+COMPILED = ("csrc/kernels/cpu/", "csrc/bindings/", "csrc/python/")
 _MINUTES = 30  # per test run; a test that hangs has not detected the fault
 
 

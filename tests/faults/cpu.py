@@ -352,6 +352,12 @@ FAULTS = {
         "attention.pad_qkv = nullptr;",
         _HALF_TESTS + "test_results",
     ),
+    "bindings-half-table-of-other-bits": Fault(
+        "csrc/bindings/attention_half.cpp",
+        "uint32_t{from[i]} << 16",
+        "uint32_t{from[i]} << 15",
+        _HALF_TESTS + "test_results",
+    ),
     "bindings-half-weight-of-q-for-all": Fault(
         "csrc/bindings/attention_half.cpp",
         "layer.weight += i * width * layer.row_stride;",

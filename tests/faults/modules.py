@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.faults import Fault
 
 _ADAPTERS = "swinkernels/adapters/"
+_STATE = "csrc/python/state.cpp"
 
 FAULTS = {
     "ops-dropout-on-the-cpu": Fault(
@@ -144,19 +145,61 @@ FAULTS = {
         _ADAPTERS + "checks.py",
         "or any(_flat(map(_hooks_of, states[1:]))):",
         "or False:",
-        "tests/adapters/test_checks.py::test_a_change_discards_the_results[hook]",
+        "tests/adapters/test_checks.py::test_a_change_discards_the_results[in Python-hook]",
     ),
     "adapters-kept-checks-take-a-tensor-for-a-number": Fault(
         _ADAPTERS + "checks.py",
         "if not all(map(is_, values, self._values)):",
         "if values != self._values:",
-        "tests/adapters/test_checks.py::test_a_change_discards_the_results[equal tensor for a number]",
+        "tests/adapters/test_checks.py::test_a_change_discards_the_results[in Python-equal tensor for a number]",
     ),
     "adapters-kept-checks-outlive-exchanged-modules": Fault(
         _ADAPTERS + "checks.py",
         "if not all(map(is_, _flat(map(dict.values, held)), [modules[i] for i in self._positions])):",
         "if False:",
-        "tests/adapters/test_checks.py::test_a_change_discards_the_results[modules exchanged]",
+        "tests/adapters/test_checks.py::test_a_change_discards_the_results[in Python-modules exchanged]",
+    ),
+    "adapters-compiled-comparison-ignores-hooks": Fault(
+        _STATE,
+        "(i > 0 && has_hooks(state.get()))",
+        "false",
+        "tests/adapters/test_checks.py::test_a_change_discards_the_results[compiled-hook]",
+    ),
+    "adapters-compiled-comparison-ignores-versions": Fault(
+        _STATE,
+        "has_equal(object, names_.version, item(version, 0))",
+        "true",
+        "tests/adapters/test_checks.py::test_a_change_discards_the_results[compiled-buffer in place]",
+    ),
+    "adapters-compiled-comparison-ignores-exchanged-modules": Fault(
+        _STATE,
+        "if (module != item(modules, PyLong_AsSsize_t(item(facts_.positions, positions_++)))) return false;",
+        "",
+        "tests/adapters/test_checks.py::test_a_change_discards_the_results[compiled-modules exchanged]",
+    ),
+    "adapters-compiled-comparison-ends-at-the-first-module": Fault(
+        _STATE,
+        "for (Py_ssize_t i = 0; i < count; ++i) {\n      PyObject* one",
+        "for (Py_ssize_t i = 0; i < 1; ++i) {\n      PyObject* one",
+        "tests/adapters/test_checks.py::test_results_come_with_the_current_tensors[compiled]",
+    ),
+    "adapters-repeated-ops-of-a-tensor-with-two-names": Fault(
+        _ADAPTERS + "repeated.py",
+        "or len(place) < sum(t is not None for t in given):",
+        "or False:",
+        "tests/adapters/test_repeated.py::test_two_names_of_one_tensor_may_become_two_tensors",
+    ),
+    "adapters-repeated-ops-on-other-sizes": Fault(
+        _ADAPTERS + "repeated.py",
+        "key = _Ops, by, *metadata(x)",
+        "key = _Ops, by",
+        "tests/adapters/test_repeated.py::test_a_later_call_runs_only_the_ops",
+    ),
+    "adapters-repeated-ops-beside-other-code": Fault(
+        _ADAPTERS + "repeated.py",
+        "calls[-1].result is not result:",
+        "result is None:",
+        "tests/adapters/test_repeated.py::test_other_calls_are_not_repeated",
     ),
     "adapters-kept-checks-belong-to-every-replica": Fault(
         _ADAPTERS + "checks.py",

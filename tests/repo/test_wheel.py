@@ -54,7 +54,7 @@ def test_contents(wheel: Path) -> None:
     assert re.fullmatch(r"swinkernels_cpu-[\d.]+-py3-none-manylinux_2_\d+_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     libraries = [name for name in names if ".so" in name]
-    assert libraries == ["swinkernels/_ops.abi3.so"]
+    assert libraries == ["swinkernels/_ops.abi3.so", "swinkernels/_state.abi3.so"]
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"swinkernels", "swinkernels_cpu"}
     packed = {name for name in names if name.endswith(".py")}
     assert packed == {str(path.relative_to(ROOT)) for path in (ROOT / "swinkernels").rglob("*.py")}
@@ -63,11 +63,13 @@ def test_contents(wheel: Path) -> None:
 USE = """
 import shutil, sys, torch, swinkernels, swinkernels.models
 from swinkernels import info
+from swinkernels.adapters import checks
 assert not any(map(shutil.which, ("c++", "g++", "cc", "gcc", "clang", "nvcc", "ninja")))
 assert "site-packages" in swinkernels.__file__
 found = info.collect()
 assert found["extension_error"] is None, found["extension_error"]
 assert found["backends"]["cpu"] is None, found["backends"]["cpu"]
+assert checks._tensors_if_current is not None
 results = []
 for backend in ("cpu", "reference"):
     torch.manual_seed(0)

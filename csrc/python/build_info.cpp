@@ -2,7 +2,7 @@
 // torch. The package itself calls torch.ops.swinkernels.build_info instead.
 #include <pybind11/pybind11.h>
 
-#include "build_info.h"
+#include "bindings/build_info.h"
 
 PYBIND11_MODULE(_C, module) {
   namespace py = pybind11;
