@@ -89,7 +89,7 @@ class Halves:
         """Return the result of :meth:`why_not` for a block in training mode, for the report."""
         return self.why_not(block, training=True)
 
-    def run(self, block: Any, x: Tensor, attention: Attention | None = None) -> Tensor | None:
+    def run(self, block: Any, x: Tensor, attention: Attention | None = None, repeats: bool = False) -> Tensor | None:
         """Compute the block (v1) or its MLP half (v2), or return None if the block has to run as without halves.
 
         Args:
@@ -97,9 +97,15 @@ class Halves:
             x: the block's input (v1) or the residual stream after attention (v2).
             attention: in v1, computes the attention branch of ``x`` before the drop path or, given True, adds x to it.
                 Returns None if attention_half cannot compute it.
+            repeats: True if the ops that ``attention`` runs depend only on the block and on the metadata of x, and no
+                check of the block precedes this call, so that :func:`repeated` may be used.
         """
         if not torch.is_grad_enabled():
-            return repeated(block, self, x, lambda: self._inferred(block, x, attention)) if joins(x) else None
+            if not joins(x):
+                return None
+            if not repeats:
+                return self._inferred(block, x, attention)
+            return repeated(block, self, x, lambda: self._inferred(block, x, attention))
         if not (block._swinkernels_recomputes and is_untraced((x,))):
             return None
         of_branch = linear_dtype(x)

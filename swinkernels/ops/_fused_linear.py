@@ -308,7 +308,7 @@ def joins(x: Tensor) -> bool:
     """
     if _is_compiled():
         return _is_inference(x) and _compiles_kernels(x.dtype)
-    return fuses(x) and _may_use_kernels(x.dtype)
+    return _is_inference(x) and is_plain((x,)) and is_undisturbed() and _may_use_kernels(x.dtype)
 
 
 _PLACE = frozenset([(torch.strided, torch.device("cpu"))])

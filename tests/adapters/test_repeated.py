@@ -63,6 +63,19 @@ def test_a_later_call_runs_only_the_ops(monkeypatch):
             fast(torch.randn(other))
 
 
+def test_a_block_of_torchvision_runs_only_the_ops(monkeypatch):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    from torchvision.models.swin_transformer import SwinTransformerBlock
+
+    run_kernels_anywhere(monkeypatch)
+    plain = SwinTransformerBlock(384, 12, window_size=[7, 7], shift_size=[3, 3]).eval()
+    fast = copy.deepcopy(plain)
+    assert swinkernels.accelerate(fast).replaced
+    check(plain, fast)
+    monkeypatch.setattr(halves.Halves, "_inferred", refuse)
+    check(plain, fast)
+
+
 def test_the_current_parameters_are_read(monkeypatch):
     plain, fast = blocks(monkeypatch)
     monkeypatch.setattr(halves.Halves, "_inferred", refuse)

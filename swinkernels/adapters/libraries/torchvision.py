@@ -284,7 +284,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
             return super().forward(x)
-        out = _HALVES.run(self, x, lambda residual: _branch(self, x, residual))
+        out = _HALVES.run(self, x, lambda residual: _branch(self, x, residual), repeats=True)
         if out is not None:
             return out
         attn = child(self, "attn")

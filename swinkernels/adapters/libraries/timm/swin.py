@@ -132,7 +132,7 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
             return super().forward(x)
-        out = _HALVES.run(self, x, lambda residual: _branch(self, x, residual))
+        out = _HALVES.run(self, x, lambda residual: _branch(self, x, residual), repeats=True)
         if out is not None:
             return out
         s, z = _first_half(self, x)
