@@ -33,7 +33,8 @@ _MOST_RESULTS = 64
 Result = TypeVar("Result")
 Tensors = tuple[Tensor | None, ...]
 
-# Compares most of a _State several times as fast as Python. Its facts have a layout, which has a number.
+# Compares most of a _State, several times as fast as Python code does. The layout of the facts has a number, because the
+# extension may have been compiled from older sources.
 _tensors_if_current: Callable[[nn.Module, tuple[Any, ...]], Tensors | None] | None = None
 try:
     from swinkernels import _state

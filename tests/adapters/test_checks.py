@@ -471,7 +471,7 @@ def test_checkpointing_saves_the_same_tensors_with_and_without_kept_results(froz
     assert kept == called == counted
 
 
-# Python 3.11 runs 842 instructions in inference where the kernels of Linear layers run, else about 3,540, and 3,448 in
+# Python 3.11 runs 811 instructions in inference where the kernels of Linear layers run, else about 3,540, and 3,448 in
 # training; timm's own block 2,931 and 3,013.
 @pytest.mark.skipif(checks._tensors_if_current is None, reason="the extension is not compiled")
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other versions of Python have other instructions")
