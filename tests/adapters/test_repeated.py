@@ -118,12 +118,13 @@ def test_two_names_of_one_tensor_may_become_two_tensors(monkeypatch):
     plain, fast = blocks(monkeypatch)
     for block in (plain, fast):
         block.norm2.weight = block.norm1.weight
+    x = torch.randn(2, *SIZE[1:])  # the first call with two images
     for _ in range(3):
-        check(plain, fast)
+        check(plain, fast, x)
     for block in (plain, fast):
         block.norm2.weight = nn.Parameter(torch.linspace(0, 2, 384))
     for _ in range(2):
-        check(plain, fast)
+        check(plain, fast, x)
 
 
 def test_drop_paths_are_drawn_in_every_call(monkeypatch):
