@@ -22,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,8 +231,10 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
         language="c++",
         py_limited_api=True,
     )
+    # A free-threaded Python has no stable ABI.
+    for_every_python = [ops] if sysconfig.get_config_var("Py_GIL_DISABLED") else [ops, state]
     if FOR_EVERY_PYTHON:
-        return [ops, state]
+        return for_every_python
     without_torch = Extension(
         "swinkernels._C",
         ["csrc/python/build_info.cpp"],
@@ -241,7 +244,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
         extra_compile_args={"cxx": cxx_flags},
         language="c++",
     )
-    return [ops, state, without_torch]
+    return [*for_every_python, without_torch]
 
 
 def wheel_for_every_python() -> type:

@@ -1,9 +1,8 @@
 // The Python module swinkernels._state, which compares torch modules with facts recorded before. The class _State in
-// swinkernels/adapters/checks.py records them, and its function _are_current is the same comparison in Python.
+// swinkernels/adapters/checks.py records them, and its method _tensors_if_current is the same comparison in Python.
 //
 // The code uses Python's limited API and no headers of torch, so one library runs under every Python and torch.
 #define Py_LIMITED_API 0x030A0000
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 namespace {
@@ -12,7 +11,6 @@ namespace {
 class Owned {
  public:
   explicit Owned(PyObject* object) : object_(object) {}
-  Owned(Owned&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
   Owned(const Owned&) = delete;
   Owned& operator=(const Owned&) = delete;
   ~Owned() { Py_XDECREF(object_); }
@@ -84,6 +82,12 @@ Py_ssize_t size_of(PyObject* object) {
   return size;
 }
 
+Py_ssize_t number_of(PyObject* object) {
+  const Py_ssize_t number = PyLong_AsSsize_t(object);
+  if (number == -1 && PyErr_Occurred()) throw PythonError();
+  return number;
+}
+
 // Facts of a module and those inside it, in the order of _State._facts. All are tuples; the facts of one module follow
 // those of the module before it.
 struct Facts {
@@ -95,13 +99,19 @@ struct Facts {
         values(item(facts, 4)),
         names(item(facts, 5)),
         positions(item(facts, 6)),
-        others(item(facts, 7)),
-        types(item(facts, 8)),
-        metadata(item(facts, 9)),
-        buffers(item(facts, 10)),
-        tensor(item(facts, 11)) {}
+        modules(item(facts, 7)),
+        tensors(item(facts, 8)),
+        types(item(facts, 9)),
+        metadata(item(facts, 10)),
+        buffers(item(facts, 11)),
+        tensor(item(facts, 12)) {}
 
-  PyObject *inner, *kinds, *sizes, *attributes, *values, *names, *positions, *others, *types, *metadata, *buffers;
+  PyObject *inner, *kinds, *sizes, *attributes, *values;
+  // The names in the dicts _modules, _parameters and _buffers of each module, and the places of the inner modules.
+  PyObject *names, *positions;
+  // Modules and tensors that are other attributes: (place of the owner, name, reference) and (place, name).
+  PyObject *modules, *tensors;
+  PyObject *types, *metadata, *buffers;
   PyObject* tensor;  // the class torch.Tensor, of which all buffers are
 };
 
@@ -131,23 +141,31 @@ class Comparison {
       if (type_of(one) != item(facts_.kinds, i)) return false;
       const Owned state(checked(PyObject_GenericGetDict(one, nullptr)));
       if (!has_attributes(state.get(), i) || (i > 0 && has_hooks(state.get())) ||
-          !has_modules(state.get(), modules.get()) || !has_tensors(value_of(state.get(), names_.parameters)) ||
+          !has_modules(value_of(state.get(), names_.modules), modules.get()) ||
+          !has_tensors(value_of(state.get(), names_.parameters)) ||
           !has_tensors(value_of(state.get(), names_.buffers))) {
         return false;
       }
     }
-    const Py_ssize_t others = size_of(facts_.others);
-    for (Py_ssize_t i = 0; i < others; ++i) {
-      PyObject* place = item(facts_.others, i);
-      PyObject* owner = item(modules.get(), PyLong_AsSsize_t(item(place, 0)));
-      const Owned state(checked(PyObject_GenericGetDict(owner, nullptr)));
-      if (!is_next_tensor(value_of(state.get(), item(place, 1)))) return false;
+    for (Py_ssize_t i = 0; i < size_of(facts_.modules); ++i) {
+      PyObject* place = item(facts_.modules, i);
+      const Owned known(checked(PyObject_CallNoArgs(item(place, 2))));
+      if (attribute(modules.get(), place) != known.get()) return false;
     }
-    return held_ == size_of(facts_.names) && compared_ == size_of(facts_.types);
+    for (Py_ssize_t i = 0; i < size_of(facts_.tensors); ++i) {
+      if (!is_next_tensor(attribute(modules.get(), item(facts_.tensors, i)))) return false;
+    }
+    return compared_ == size_of(facts_.types);
+  }
+
+  // Returns the attribute at (place of the owner, name), as a borrowed reference: the owner's dict holds it.
+  PyObject* attribute(PyObject* modules, PyObject* place) {
+    const Owned state(checked(PyObject_GenericGetDict(item(modules, number_of(item(place, 0))), nullptr)));
+    return value_of(state.get(), item(place, 1));
   }
 
   bool has_attributes(PyObject* state, Py_ssize_t i) {
-    if (size_of(state) != PyLong_AsSsize_t(item(facts_.sizes, i))) return false;
+    if (size_of(state) != number_of(item(facts_.sizes, i))) return false;
     PyObject* names = item(facts_.attributes, i);
     const Py_ssize_t count = size_of(names);
     for (Py_ssize_t j = 0; j < count; ++j) {
@@ -163,26 +181,31 @@ class Comparison {
     return false;
   }
 
-  // Compares the inner modules that a module holds, and their names.
-  bool has_modules(PyObject* state, PyObject* modules) {
-    PyObject* held = value_of(state, names_.modules);
-    const Py_ssize_t count = size_of(held);
-    if (count == 0) return true;
-    if (held_ == size_of(facts_.names)) return false;
-    PyObject* names = item(facts_.names, held_++);
-    if (count != size_of(names)) return false;
-    PyObject *name, *module;
-    for (Py_ssize_t i = 0, place = 0; PyDict_Next(held, &place, &name, &module); ++i) {
+  // Compares the names in a dict with the next names, in order. Only a plain dict has one order.
+  bool has_names(PyObject* dict) {
+    PyObject* names = item(facts_.names, dicts_++);
+    if (type_of(dict) != reinterpret_cast<PyObject*>(&PyDict_Type) || size_of(dict) != size_of(names)) return false;
+    PyObject* name;
+    for (Py_ssize_t i = 0, place = 0; PyDict_Next(dict, &place, &name, nullptr); ++i) {
       if (!equal(name, item(names, i))) return false;
-      if (module != item(modules, PyLong_AsSsize_t(item(facts_.positions, positions_++)))) return false;
+    }
+    return true;
+  }
+
+  bool has_modules(PyObject* dict, PyObject* modules) {
+    if (!has_names(dict)) return false;
+    PyObject* module;
+    for (Py_ssize_t place = 0; PyDict_Next(dict, &place, nullptr, &module);) {
+      if (module != item(modules, number_of(item(facts_.positions, positions_++)))) return false;
     }
     return true;
   }
 
   bool has_tensors(PyObject* dict) {
     const Owned tensors(Py_NewRef(dict));  // a torch function mode may run any code when it sees a tensor's attributes
+    if (!has_names(dict)) return false;
     PyObject* tensor;
-    for (Py_ssize_t place = 0; PyDict_Next(tensors.get(), &place, nullptr, &tensor);) {
+    for (Py_ssize_t place = 0; PyDict_Next(dict, &place, nullptr, &tensor);) {
       if (!is_next_tensor(tensor)) return false;
     }
     return true;
@@ -212,7 +235,7 @@ class Comparison {
   const Facts facts_;
   const Owned tensors_{checked(PyTuple_New(size_of(facts_.types)))};
   // The numbers of facts compared so far.
-  Py_ssize_t values_ = 0, held_ = 0, positions_ = 0, compared_ = 0, metadata_ = 0, buffers_ = 0;
+  Py_ssize_t values_ = 0, dicts_ = 0, positions_ = 0, compared_ = 0, metadata_ = 0, buffers_ = 0;
 };
 
 PyObject* tensors_if_current(PyObject*, PyObject* arguments) {
@@ -232,7 +255,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-int set_constants(PyObject* module) { return PyModule_AddIntConstant(module, "LAYOUT", 1); }
+int set_constants(PyObject* module) { return PyModule_AddIntConstant(module, "LAYOUT", 2); }
 
 PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(set_constants)}, {0, nullptr}};
 

@@ -22,26 +22,28 @@ from swinkernels.ops._library import PLAIN_TYPES, is_plain, metadata
 
 _modules_of = itemgetter("_modules")
 _tensors_of = itemgetter("_parameters", "_buffers")
+_dicts_of = itemgetter("_modules", "_parameters", "_buffers")
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _version_of = attrgetter("_version", "requires_grad")
 # Attributes of every module. Of these, checks read the mode, and hooks, parameters, buffers and inner modules, which
 # are compared separately.
 _OF_ALL_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 _CALL_IMPL = nn.Module._call_impl
-_MOST_RESULTS = 64
+_MOST_RESULTS = 256
+_UNKNOWN: Any = object()
 
 Result = TypeVar("Result")
 Tensors = tuple[Tensor | None, ...]
 
-# Compares most of a _State, several times as fast as Python code does. The layout of the facts has a number, because the
-# extension may have been compiled from older sources.
-_tensors_if_current: Callable[[nn.Module, tuple[Any, ...]], Tensors | None] | None = None
+# The compiled function that does the work of _State._tensors_if_current in a fraction of the time, or None. The layout
+# of the facts has a number, because the extension may have been compiled from older sources.
+_compiled: Callable[[nn.Module, tuple[Any, ...]], Tensors | None] | None = None
 try:
     from swinkernels import _state
 except ImportError:  # not compiled, or for another Python
     pass
 else:
-    _tensors_if_current = _state.tensors_if_current if _state.LAYOUT == 1 else None
+    _compiled = _state.tensors_if_current if _state.LAYOUT == 2 else None
 
 
 def _flat(groups: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
@@ -66,6 +68,12 @@ def _containers(values: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
+def _names_in(states: Iterable[dict[str, Any]]) -> tuple[tuple[str, ...], ...] | None:
+    """Return the names in the dicts of inner modules, parameters and buffers; None if one is not exactly a dict."""
+    dicts = _flat(map(_dicts_of, states))
+    return tuple(map(tuple, dicts)) if {dict}.issuperset(map(type, dicts)) else None
+
+
 class _State:
     """A copy of the state of a module and of all modules inside it, and the results of checks in this state."""
 
@@ -85,14 +93,18 @@ class _State:
         self._values = _flat([read(state) for read, state in zip(self._read, states, strict=True)])
         self._containers = _containers(self._values)
         self._contents = [value.copy() for value in self._containers]
-        # The names of inner modules, in the order of their calls in a Sequential, and their positions in this list.
+        # The names of inner modules, in the order of their calls in a Sequential, and of parameters and buffers. A dict
+        # of another type may be reordered.
+        self._names = _names_in(states)
+        if self._names is None:
+            raise TypeError("a module has its inner modules or tensors in something other than a dict")
         known = [*modules, None]
-        held = [of for of in map(_modules_of, states) if of]
-        self._names = tuple(map(tuple, held))
-        children = _flat(map(dict.values, held))
+        children = _flat(map(dict.values, map(_modules_of, states)))
         self._positions = tuple(next(i for i, m in enumerate(known) if m is child) for child in children)
-        # FSDP sets views of its flat parameters as attributes.
-        self._others = tuple((i, n) for i, s in enumerate(states) for n, v in s.items() if isinstance(v, Tensor))
+        # Modules and tensors in other attributes. FSDP sets views of its flat parameters as attributes.
+        others = [(i, n, v) for i, s in enumerate(states) for n, v in s.items()]
+        self._modules = tuple((i, n, weakref.ref(v)) for i, n, v in others if isinstance(v, nn.Module))
+        self._others = tuple((i, n) for i, n, v in others if isinstance(v, Tensor))
         tensors = self._tensors(states)
         self._types = tuple(map(type, tensors))
         if not PLAIN_TYPES.issuperset(self._types):
@@ -107,7 +119,7 @@ class _State:
         self._functions = nn.Module.__call__, F.gelu
         self._facts = (
             self._inner, self._kinds, self._sizes, self._attributes, self._values, self._names, self._positions,
-            self._others, self._types, self._metadata, self._buffers, Tensor,
+            self._modules, self._others, self._types, self._metadata, self._buffers, Tensor,
         )  # fmt: skip
 
     def _tensors(self, states: list[dict[str, Any]]) -> Tensors:
@@ -116,7 +128,7 @@ class _State:
 
     def tensors(self, module: nn.Module) -> Tensors | None:
         """Return the parameters and buffers if nothing has changed since the copy was made, else None."""
-        tensors = _tensors_if_current(module, self._facts) if _tensors_if_current else self._tensors_if_current(module)
+        tensors = _compiled(module, self._facts) if _compiled else self._tensors_if_current(module)
         is_current = (
             tensors is not None
             and self._containers == self._contents
@@ -137,11 +149,13 @@ class _State:
         values = _flat([read(state) for read, state in zip(self._read, states, strict=True)])
         if not all(map(is_, values, self._values)):
             return None
-        held = [of for of in map(_modules_of, states) if of]
-        if tuple(map(tuple, held)) != self._names:
+        if _names_in(states) != self._names:
             return None
         modules.append(None)
-        if not all(map(is_, _flat(map(dict.values, held)), [modules[i] for i in self._positions])):
+        children = _flat(map(dict.values, map(_modules_of, states)))
+        if not all(map(is_, children, [modules[i] for i in self._positions])):
+            return None
+        if any(states[i][name] is not reference() for i, name, reference in self._modules):
             return None
         tensors = self._tensors(states)
         are_same = (
@@ -267,9 +281,11 @@ def kept(module: Any, key: Callable[[], Any], make: Callable[[], Result]) -> Res
     under = key()
     if under is None:
         return None
-    if under not in results:
-        keep(results, under, make())
-    return results[under]
+    result = results.get(under, _UNKNOWN)  # once, because another thread may clear the results
+    if result is _UNKNOWN:
+        result = make()
+        keep(results, under, result)
+    return result
 
 
 def keep(results: dict[Any, Any], key: Any, result: Any) -> None:
@@ -292,8 +308,9 @@ def settled(module: Any, check: Callable[..., Result], *arguments: Any) -> Resul
     if results is None:
         return check(module, *arguments)
     key = (check, *arguments)
-    if key in results:
-        return results[key]
+    result = results.get(key, _UNKNOWN)
+    if result is not _UNKNOWN:
+        return result
     result = check(module, *arguments)
     if not isinstance(result, str) and result is not False:
         keep(results, key, result)

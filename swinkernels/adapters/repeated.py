@@ -1,8 +1,8 @@
 """Repeats the ops of an earlier call of a module, where such a call consists of nothing else.
 
-In inference on a CPU, a block is two ops on its input, its parameters and its buffers. The ops and their other
-arguments depend on the module's state and on the metadata of the input. So as long as neither changes, a call can run
-the same ops on the current tensors, without the checks that lead to them.
+In inference on a CPU, a block is two ops on its input, its parameters and its buffers, and patch merging is one. The
+ops and their other arguments depend on the module's state and on the metadata of the input. So as long as neither
+changes, a call can run the same ops on the current tensors, without the checks that lead to them.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def repeated(module: nn.Module, by: Any, x: Tensor, run: Callable[[], Tensor | N
     """Return run(), or its result by the ops that it ran before for an input with the metadata of ``x``.
 
     This is for calls without gradients where ``joins(x)`` is True. It must be the first function that uses kept results
-    in a call of ``module``. ``run`` must not change a tensor in place, and must follow the rules of
-    :func:`~swinkernels.adapters.checks.kept` with the metadata of ``x`` as the key.
+    in a call of ``module``. ``run`` must not change a tensor in place, and all tensors on which its result depends must
+    be arguments of its ops. It must follow the rules of :func:`~swinkernels.adapters.checks.kept`, with the metadata of
+    ``x`` as the key.
 
     Args:
         module: the accelerated module.

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import swinkernels
 from swinkernels.adapters import halves, norms, repeated
@@ -99,6 +100,13 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "hook": lambda b: b.mlp.fc2.register_forward_hook(lambda module, args, out: 2 * out),
     "bias removed": lambda b: setattr(b.mlp.fc1, "bias", None),
     "norm": lambda b: setattr(b, "norm2", nn.Identity()),
+    "order of parameters": lambda b: (lambda weight: (delattr(b.norm1, "weight"), setattr(b.norm1, "weight", weight)))(
+        b.norm1.weight
+    ),
+    "parametrization": lambda b: (
+        parametrize.register_parametrization(b.norm2, "weight", nn.Identity()),
+        parametrize.remove_parametrizations(b.norm2, "weight"),
+    ),
     "one tensor with two names": lambda b: setattr(b.norm2, "weight", b.norm1.weight),
     "forward": lambda b: setattr(b.mlp, "forward", lambda x: -x),
 }

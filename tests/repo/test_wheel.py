@@ -69,7 +69,7 @@ assert "site-packages" in swinkernels.__file__
 found = info.collect()
 assert found["extension_error"] is None, found["extension_error"]
 assert found["backends"]["cpu"] is None, found["backends"]["cpu"]
-assert checks._tensors_if_current is not None
+assert checks._compiled is not None
 results = []
 for backend in ("cpu", "reference"):
     torch.manual_seed(0)
