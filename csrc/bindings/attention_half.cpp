@@ -16,8 +16,8 @@
 namespace swinkernels {
 namespace {
 
-// Returns a table as float32, which the kernels read. Tables are small, and torch's conversion of one takes tens of
-// microseconds if other code has just used the caches.
+// Returns a table as float32, which the kernels read. A table is small, so that calling torch to convert it would take
+// longer than this loop.
 OptionalTensor as_float(OptionalTensor table) {
   if (!table || table->scalar_type() != ScalarType::BFloat16) return table;
   if (!table->is_contiguous()) table = as_contiguous(*table);

@@ -88,8 +88,8 @@ Py_ssize_t number_of(PyObject* object) {
   return number;
 }
 
-// Facts of a module and those inside it, in the order of _State._facts. All are tuples; the facts of one module follow
-// those of the module before it.
+// The tuple _State._facts, whose items are tuples as well. `kinds`, `sizes` and `attributes` have one item for each
+// module: first the compared module, then those inside it. The other tuples are flat, in the same order of modules.
 struct Facts {
   explicit Facts(PyObject* facts)
       : inner(item(facts, 0)),
@@ -234,7 +234,7 @@ class Comparison {
   const Names& names_ = Names::get();
   const Facts facts_;
   const Owned tensors_{checked(PyTuple_New(size_of(facts_.types)))};
-  // The numbers of facts compared so far.
+  // The next item of each flat tuple; dicts_ counts items of names, and compared_ those of types.
   Py_ssize_t values_ = 0, dicts_ = 0, positions_ = 0, compared_ = 0, metadata_ = 0, buffers_ = 0;
 };
 
@@ -250,8 +250,8 @@ PyObject* tensors_if_current(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"tensors_if_current", tensors_if_current, METH_VARARGS,
-     "tensors_if_current(module, facts): return the tensors of a module and those inside it, or None if the facts, "
-     "which were recorded before, are not true any more."},
+     "tensors_if_current(module, facts): return the tensors of a module and of those inside it, or None if something "
+     "differs from the facts recorded before."},
     {nullptr, nullptr, 0, nullptr},
 };
 

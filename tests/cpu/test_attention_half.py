@@ -192,19 +192,23 @@ def test_any_strides(placed: Any, by_layers: bool, dtype: torch.dtype) -> None:
     for case in (Case((13, 9), (4, 4), others=(("shift_size", 2),)), Case((8, 8), (4, 4), bias="dense", separate=True)):
         positional, options = case.tensors(dtype=dtype)
         expected = run(positional, options, by_layers=by_layers)
-        moved = [
-            tuple(map(placed, t)) if isinstance(t, tuple) else placed(t) if isinstance(t, Tensor) else t
-            for t in positional
-        ]
         others = {name: placed(value) if isinstance(value, Tensor) else value for name, value in options.items()}
-        y = run(moved, others, by_layers=by_layers)
-        assert y.is_contiguous()
-        if placed is behind_an_offset:
-            assert torch.equal(y, expected)
-        if dtype == torch.float32:
-            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-        else:
-            torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-5)
+        for weights in ((), (3, 5)):  # those left in place, because torch's functions run on strided weights
+            moved = [
+                t if i in weights or t is None else tuple(map(placed, t)) if isinstance(t, tuple) else placed(t)
+                for i, t in enumerate(positional)
+            ]
+            with fused_calls() as called:
+                y = run(moved, others, by_layers=by_layers)
+            assert y.is_contiguous()
+            if weights:
+                assert "swinkernels::fused_attention_half" in called
+            if placed is behind_an_offset or weights:
+                assert torch.equal(y, expected)
+            elif dtype == torch.float32:
+                torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            else:
+                torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-5)
         cut = [torch.cat([positional[0], positional[0]], -1)[..., :24], *positional[1:]]  # rows are 48 apart
         assert torch.equal(run(cut, options, by_layers=by_layers), expected)
 
